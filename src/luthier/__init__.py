@@ -1,0 +1,52 @@
+"""Luthier: one workshop for fine-tuning pre-trained models.
+
+    import luthier as lt
+
+    run = lt.run("recipe.yaml")              # data -> model -> environment -> tune -> evaluate -> deploy -> monitor
+    plan = lt.plan("recipe.yaml")            # what would happen and what it would cost
+    history = lt.tune(model, tokenizer, rows, tuning={"method": "lora", "rank": 8})
+
+Importing this package imports neither torch nor transformers; each name below is fetched when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "run": "luthier.pipeline.run",
+    "plan": "luthier.pipeline.plan",
+    "resume": "luthier.pipeline.run",
+    "tune": "luthier.pipeline.inline",
+    "Recipe": "luthier.pipeline.recipe",
+    "Method": "luthier.methods",
+    "Finding": "luthier.findings",
+    "LuthierError": "luthier.errors",
+    "InputError": "luthier.errors",
+    "GateError": "luthier.errors",
+    "CrashError": "luthier.errors",
+}
+
+__all__ = ["__version__", *_WHERE]
+
+if TYPE_CHECKING:
+    from luthier.errors import CrashError, GateError, InputError, LuthierError
+    from luthier.findings import Finding
+    from luthier.methods import Method
+    from luthier.pipeline.inline import tune
+    from luthier.pipeline.plan import plan
+    from luthier.pipeline.recipe import Recipe
+    from luthier.pipeline.run import resume, run
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(importlib.import_module(_WHERE[name]), name)
+    raise AttributeError(f"module 'luthier' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

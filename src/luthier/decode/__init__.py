@@ -1,0 +1,43 @@
+"""From ids to words: generation and the likelihood of given continuations.
+
+Both take a model and lists of token ids, so that prompts are built in exactly one place (`luthier.data.encode`), and
+both work in batches that change nothing: a prompt's result does not depend on what it was batched with.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+_WHERE = {
+    "Generation": "luthier.decode.generate",
+    "Likelihood": "luthier.decode.likelihood",
+    "context_length": "luthier.decode.inputs",
+    "generate": "luthier.decode.generate",
+    "likelihoods": "luthier.decode.likelihood",
+}
+__all__ = ["Generation", "Likelihood", "context_length", "generate", "likelihoods"]
+
+if TYPE_CHECKING:
+    from luthier.decode.generate import Generation, generate
+    from luthier.decode.inputs import context_length
+    from luthier.decode.likelihood import Likelihood, likelihoods
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(importlib.import_module(_WHERE[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class _Room(ModuleType):
+    """Keeps `generate` the function: importing the module of the same name would put that in its place."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _WHERE and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Room

@@ -1,0 +1,46 @@
+"""What generation and likelihoods ask of their inputs, refused with one sentence before a model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from luthier.errors import InputError
+
+
+def context_length(model: nn.Module) -> int | None:
+    """The most tokens `model` can look at, as its config says; None if it sets no limit (relative positions)."""
+    config: Any = getattr(model, "config", None)
+    if config is None:
+        return None
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(limit) if isinstance(limit, int) and limit > 0 else None
+
+
+def check_ids(model: nn.Module, ids: Sequence[Sequence[int]], what: str, *, empty: bool = False) -> None:
+    """Refuse an empty list (unless `empty`) and ids that the model has no embedding for; `what` names one of `ids`."""
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    known = int(embedding.weight.shape[0])
+    for number, part in enumerate(ids):
+        if not part and not empty:
+            raise InputError("it is empty: there is no token to go on from", where=f"{what} {number}")
+        if part and not 0 <= min(part) <= max(part) < known:
+            raise InputError(
+                f"holds the ids {min(part)} to {max(part)}, but the model knows 0 to {known - 1}",
+                where=f"{what} {number}",
+                fix="use the model's own tokenizer",
+            )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout) while open; the mode it had afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

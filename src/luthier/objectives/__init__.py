@@ -1,0 +1,33 @@
+"""What a model learns from: losses on (model, batch).
+
+An objective says how good a batch was, as a sum over explicit units (tokens, sequences), and leaves dividing and
+stepping to the loop; so the mean is the same however a step is cut into micro-batches or spread over devices. All
+objectives stand on one primitive, `token_logprobs`: the log-probability of each labelled token.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+METHODS = {"sft": "luthier.objectives.sft:Sft"}
+
+_WHERE = {
+    "Objective": "luthier.objectives.base",
+    "Loss": "luthier.objectives.base",
+    "Sft": "luthier.objectives.sft",
+    "TokenLogprobs": "luthier.objectives.logprobs",
+    "token_logprobs": "luthier.objectives.logprobs",
+}
+__all__ = ["METHODS", "Loss", "Objective", "Sft", "TokenLogprobs", "token_logprobs"]
+
+if TYPE_CHECKING:
+    from luthier.objectives.base import Loss, Objective
+    from luthier.objectives.logprobs import TokenLogprobs, token_logprobs
+    from luthier.objectives.sft import Sft
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(importlib.import_module(_WHERE[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

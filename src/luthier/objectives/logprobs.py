@@ -1,0 +1,205 @@
+"""`token_logprobs`: the log-probability of every labelled token, and the one place where the head is computed.
+
+The head of a language model (hidden size x vocabulary) is often the dearest matrix of all, and most of its products
+are thrown away: prompt tokens carry no label. So the model is run once with its head fed nothing, what the head would
+have been fed is caught on the way, and the head is computed only where a label exists, in chunks whose logits are
+recomputed in the backward pass. Memory for logits is then (tokens per chunk x vocabulary) and not (rows x length x
+vocabulary). Value and gradient equal the plain computation.
+
+Works for any causal model of transformers whose logits are an elementwise function of its output embedding: some
+scale them (Cohere, Granite), some cap them (Gemma 2). Which function, is found once by holding candidates built from
+the numbers in the model's config against the model's own logits; where none fits, the head runs over all labelled
+positions at once inside the model itself, which is exact too and only needs more memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from luthier.errors import InputError
+from luthier.objectives.base import Batch, labelled
+
+CHUNK_BYTES = 128 * 2**20  # float32 logits alive at a time
+
+After = Callable[[Tensor], Tensor]
+_AFTER: WeakKeyDictionary[nn.Module, list[After | None]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probabilities of the labelled tokens, in reading order (row by row).
+
+    Attributes:
+        logprobs: (tokens,) float32, natural log, one per labelled token, with gradient.
+        rows: (tokens,) int64, the row of each token.
+        positions: (tokens,) int64, the position of each token (of the label, not of the state that predicts it).
+        entropy: (tokens,) float32 in nats, without gradient, of the full next-token distribution; None unless asked.
+        correct: (tokens,) bool, whether the label was the most probable token.
+    """
+
+    logprobs: Tensor
+    rows: Tensor
+    positions: Tensor
+    entropy: Tensor | None
+    correct: Tensor
+
+
+def token_logprobs(
+    model: nn.Module, batch: Batch, *, entropy: bool = False, chunk_tokens: int | None = None
+) -> TokenLogprobs:
+    """Log-probability of each labelled token of `batch` under the causal model `model`.
+
+    Args:
+        model: a causal language model, plain, wrapped by PEFT, or by a distributed wrapper around either.
+        batch: `input_ids` and `labels` (rows, length) int64, labels -100 where there is no loss and NOT shifted;
+            optionally `attention_mask`, `position_ids` (rows, length).
+        entropy: also return the entropy of each next-token distribution.
+        chunk_tokens: labelled tokens per chunk of the head; default: as many as fit 128 MiB of float32 logits.
+
+    A batch without any label gives empty tensors. Raises `InputError` if the model has no output embedding.
+    """
+    labels = batch["labels"]
+    chosen = labelled(labels)
+    rows, before = chosen.nonzero(as_tuple=True)
+    targets = labels[rows, before + 1]
+    plain = _unwrapped(model)
+    head = _head(plain)
+    after = _after_head(plain, head, batch)
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    if after is None:
+        with _feed(head, lambda hidden: hidden[:, :-1][chosen][None]):
+            logits = _logits(model(**inputs, use_cache=False))[0]
+        logprobs, entropies, correct = _score(logits, targets, entropy)
+    else:
+        caught: list[Tensor] = []
+        with _feed(head, lambda hidden: hidden[..., :0, :], caught):
+            model(**inputs, use_cache=False)
+        hidden = caught[0][:, :-1][chosen]
+        size = chunk_tokens or max(1, CHUNK_BYTES // (4 * _width(head)))
+        logprobs, entropies, correct = _chunked(head, after, hidden, targets, entropy, size)
+    return TokenLogprobs(logprobs, rows, before + 1, entropies if entropy else None, correct)
+
+
+def _chunked(
+    head: nn.Module, after: After, hidden: Tensor, targets: Tensor, entropy: bool, size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Score `hidden` (tokens, width) chunk by chunk; only one chunk's logits live at a time, in both passes."""
+
+    def score(part: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return _score(after(head(part)), labels, entropy)
+
+    if len(targets) <= size:
+        return score(hidden, targets)
+    pieces: list[tuple[Tensor, Tensor, Tensor]] = []
+    for part, labels in zip(hidden.split(size), targets.split(size), strict=True):
+        if torch.is_grad_enabled():
+            pieces.append(checkpoint(score, part, labels, use_reentrant=False))
+        else:
+            pieces.append(score(part, labels))
+    logprobs, entropies, correct = (torch.cat(column) for column in zip(*pieces, strict=True))
+    return logprobs, entropies, correct
+
+
+def _score(logits: Tensor, targets: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(tokens, vocabulary) logits -> log-probability of the target, entropy, whether the target is the maximum."""
+    logits = logits.float()
+    logprobs = -F.cross_entropy(logits, targets, reduction="none")
+    with torch.no_grad():
+        correct = logits.argmax(-1) == targets
+        entropies = torch.distributions.Categorical(logits=logits).entropy() if entropy else logprobs.new_empty(0)
+    return logprobs, entropies, correct
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model below DistributedDataParallel and torch.compile; PEFT's wrapper stays."""
+    while True:
+        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module) or hasattr(model, "get_output_embeddings"):
+            return model
+        model = inner
+
+
+def _head(model: nn.Module) -> nn.Module:
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if find else None
+    if not isinstance(head, nn.Module):
+        raise InputError(
+            f"{type(model).__name__} has no output embedding, so it gives no token probabilities",
+            fix="use a causal language model (model.kind: causal-lm)",
+        )
+    return head
+
+
+def _width(head: nn.Module) -> int:
+    weight = getattr(head, "weight", None)
+    if weight is None and hasattr(head, "get_base_layer"):
+        weight = head.get_base_layer().weight
+    return int(weight.shape[0]) if weight is not None else 50_000
+
+
+def _logits(output: Any) -> Tensor:
+    return output.logits if hasattr(output, "logits") else output[0]
+
+
+@contextmanager
+def _feed(head: nn.Module, change: Callable[[Tensor], Tensor], caught: list[Tensor] | None = None) -> Iterator[None]:
+    """While open, `head` is fed `change(input)`; its true input is appended to `caught`."""
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if caught is not None:
+            caught.append(args[0])
+        return (change(args[0]), *args[1:])
+
+    handle = head.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _after_head(model: nn.Module, head: nn.Module, batch: Batch) -> After | None:
+    """What the model does to its head's output, found once per model; None if it is not a known function."""
+    known = _AFTER.get(head)
+    if known is None:
+        known = _AFTER[head] = [_find_after(model, head, batch)]
+    return known[0]
+
+
+def _find_after(model: nn.Module, head: nn.Module, batch: Batch) -> After | None:
+    """Hold the candidates against the model's own logits, at inputs so large that a cap or a factor shows."""
+    ids = batch["input_ids"][:1, :8]
+    caught: list[Tensor] = []
+    devices = [ids.device] if ids.is_cuda else []
+    with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        with _feed(head, lambda hidden: hidden, caught):
+            model(input_ids=ids, use_cache=False)
+        stretched = caught[0] * (60 / head(caught[0]).float().abs().max().clamp_min(1e-6)).to(caught[0].dtype)
+        raw = head(stretched).float()
+        with _feed(head, lambda hidden: stretched):
+            truth = _logits(model(input_ids=ids, use_cache=False)).float()
+    for after in _candidates(model):
+        guess = after(raw)
+        if guess.shape == truth.shape and torch.allclose(guess, truth, rtol=1e-5, atol=1e-4):
+            return after
+    return None
+
+
+def _candidates(model: nn.Module) -> Iterator[After]:
+    """Elementwise functions that a config's numbers can mean: none, a factor, a divisor, a soft cap."""
+    yield lambda z: z
+    config = getattr(model, "config", None)
+    values = config.get_text_config().to_dict().values() if config is not None else ()
+    numbers = sorted({float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool) and v > 0})
+    for number in numbers:
+        yield lambda z, c=number: z * c
+        yield lambda z, c=number: z / c
+        yield lambda z, c=number: torch.tanh(z / c) * c

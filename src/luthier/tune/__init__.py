@@ -1,0 +1,32 @@
+"""What may move: full tuning, low-rank adapters, and every other choice of the parameters that training changes.
+
+A tuning is attached to a loaded model and gives a `Tuned`: the model to call, the parameters to step, hooks around
+each step, and a way to save the outcome. The loop in `luthier.train` knows nothing else about it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+METHODS = {"full": "luthier.tune.full:Full", "lora": "luthier.tune.lora:Lora"}
+
+_WHERE = {
+    "Tuning": "luthier.tune.base",
+    "Tuned": "luthier.tune.base",
+    "Probe": "luthier.tune.base",
+    "Full": "luthier.tune.full",
+    "Lora": "luthier.tune.lora",
+}
+__all__ = ["METHODS", "Full", "Lora", "Probe", "Tuned", "Tuning"]
+
+if TYPE_CHECKING:
+    from luthier.tune.base import Probe, Tuned, Tuning
+    from luthier.tune.full import Full
+    from luthier.tune.lora import Lora
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(importlib.import_module(_WHERE[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

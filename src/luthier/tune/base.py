@@ -1,0 +1,137 @@
+"""The contract of a tuning: `attach` it to a model, and drive the `Tuned` that comes back.
+
+One optimiser step of the loop, seen from here:
+
+    tuned.on_step_begin(step)      what moves in this step may still be changed (layer sampling)
+    ... forward and backward of all micro-batches ...
+    tuned.on_grad(step)            gradients are whole, not yet clipped (masks act here)
+    ... clip, optimiser.step ...
+    tuned.on_step_end(step)        weights have moved (projections, re-selection)
+    tuned.on_phase_end()           once, after the last step
+
+`step` counts optimiser steps from 0, never micro-batches. A tuning that needs memory of its own between steps keeps it
+in the `Tuned` and hands it out through `extra_state`, so that a resumed run goes on as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from luthier.errors import InputError
+from luthier.methods import Method
+from luthier.models.topology import Topology
+
+Batches = Callable[[], Iterable[dict[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a tuning may ask about the model and the data before it attaches.
+
+    Attributes:
+        topology: where blocks, linears, embeddings and head are in the model.
+        seed: for every random choice of the tuning.
+        batches: a few collated batches of the run's own data, for tunings that look at activations or gradients.
+    """
+
+    topology: Topology
+    seed: int = 0
+    batches: Batches | None = None
+
+
+class Tuning(Method):
+    """Base of all tunings. Verb: `attach`."""
+
+    room: ClassVar[str] = "tune"
+    default_learning_rate: ClassVar[float] = 2e-5
+
+    def attach(self, model: nn.Module, probe: Probe) -> Tuned:
+        """Prepare `model` (changed in place: wrapped, frozen) and return what the loop drives."""
+        raise NotImplementedError
+
+
+class Tuned:
+    """A model with a tuning attached. The defaults here are those of a tuning that moves plain parameters."""
+
+    def __init__(self, settings: Tuning, model: nn.Module, base_model: nn.Module):
+        self.settings = settings
+        self.model = model
+        self.base_model = base_model
+        if not any(p.requires_grad for p in model.parameters()):
+            raise InputError(f"tune.method {settings.method!r} leaves no parameter to move", fix="check its targets")
+
+    # What moves
+
+    def moving(self) -> dict[str, nn.Parameter]:
+        """The parameters that may move, by name in `self.model`; tied weights once."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def frozen(self) -> dict[str, nn.Parameter]:
+        """All other parameters, by name in `self.model`."""
+        return {name: p for name, p in self.model.named_parameters() if not p.requires_grad}
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Groups for an optimiser: weight decay acts on matrices, not on vectors (norms, biases)."""
+        moving = list(self.moving().values())
+        matrices, vectors = [p for p in moving if p.ndim >= 2], [p for p in moving if p.ndim < 2]
+        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        return [group for group in groups if group["params"]]
+
+    # Hooks of the loop
+
+    def on_step_begin(self, step: int) -> None:
+        """Before the first micro-batch of optimiser step `step`."""
+
+    def on_grad(self, step: int) -> None:
+        """After the last backward of the step, before clipping."""
+
+    def on_step_end(self, step: int) -> None:
+        """After the optimiser has stepped."""
+
+    def on_phase_end(self) -> None:
+        """After the last step."""
+
+    # What is kept
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What training changed, for a checkpoint: name -> tensor (shared storage, not a copy)."""
+        return {name: p.detach() for name, p in self.moving().items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Put a checkpoint's tensors back, in place, bit for bit; names and shapes must be the same."""
+        moving = self.moving()
+        if moving.keys() != state.keys():
+            names = sorted(moving.keys() ^ state.keys())
+            raise InputError(f"the checkpoint holds other parameters than this tuning moves: {', '.join(names[:6])}")
+        with torch.no_grad():
+            for name, parameter in moving.items():
+                parameter.copy_(state[name])
+
+    def extra_state(self) -> dict[str, Any]:
+        """What else the tuning must remember between steps; json-able."""
+        return {}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Take back what `extra_state` gave."""
+
+    # The outcome
+
+    def save(self, directory: Path) -> str:
+        """Write the outcome into the empty folder `directory`; returns its format, `model` or `adapter`."""
+        raise NotImplementedError
+
+    def merged(self) -> nn.Module:
+        """The plain model with the tuning folded into its weights; this object is of no use afterwards."""
+        raise NotImplementedError
+
+
+def share_that_moves(tuned: Tuned) -> tuple[int, int]:
+    """(numbers that may move, numbers in the model), tied weights counted once."""
+    moving = sum(p.numel() for p in tuned.moving().values())
+    return moving, moving + sum(p.numel() for p in tuned.frozen().values())

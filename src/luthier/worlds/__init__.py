@@ -1,0 +1,30 @@
+"""Small exact worlds with graders, and the packaged model and texts that demos, tests and proofs stand on.
+
+    arithmetic    eight chat skills with one right answer each; four that the tiny model knows, four to teach it
+    reasoning     puzzles of the package reasoning-gym with its own scorers
+    everyday      what anybody knows: does a tuned chat model still answer it?
+    text          ordinary prose, for perplexity and forgetting
+    tiny          the language model of 1 million parameters that the package ships
+    parts         training and test questions kept apart by construction
+
+A recipe names a generator as a data source and a grader by import string:
+
+    source: {callable: "luthier.worlds.arithmetic:rows", arguments: {skill: sort, count: 1200, part: train}}
+    grader: "luthier.worlds.arithmetic:grade"
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__all__ = ["arithmetic", "everyday", "parts", "reasoning", "text", "tiny"]
+
+if TYPE_CHECKING:
+    from luthier.worlds import arithmetic, everyday, parts, reasoning, text, tiny
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        return importlib.import_module(f"luthier.worlds.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,109 @@
+"""The examples of the documentation hold: its recipes are valid, its Python parses and names things that exist."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import re
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+FENCED = re.compile(r"^( *)```(\w+)[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
+SECTIONS = {"name", "data", "model", "environment", "tune", "evaluate", "deploy", "monitor"}
+PAGES = Path(__file__).resolve().parents[2]
+
+
+def blocks(language: str) -> list[Any]:
+    """Every fenced block of `language` in docs/, README and CONTRIBUTING, with its place as the test's id."""
+    found = []
+    for path in [*sorted((PAGES / "docs").rglob("*.md")), *sorted(PAGES.glob("*.md"))]:
+        text = path.read_text(encoding="utf-8")
+        for match in FENCED.finditer(text):
+            if match[2] == language:
+                line = text.count("\n", 0, match.start()) + 1
+                place = f"{path.relative_to(PAGES)}:{line}"
+                found.append(pytest.param(textwrap.dedent(match[3]), id=place))
+    return found
+
+
+@pytest.mark.parametrize("text", blocks("yaml"))
+def test_a_recipe_of_the_docs_is_valid(text: str) -> None:
+    given = yaml.safe_load(text)
+    assert isinstance(given, dict) and given, "a YAML block of the docs is a recipe or sections of one"
+    assert set(given) <= SECTIONS, f"no sections of a recipe: {sorted(set(given) - SECTIONS)}"
+    if importlib.util.find_spec("luthier.pipeline.recipe") is None:
+        pytest.skip("the pipeline is not built")
+    from luthier.pipeline.recipe import Recipe
+
+    smallest = {"name": "example", "data": {"source": "rows.jsonl"}, "model": {"base": "base"}}
+    Recipe.model_validate({**smallest, **given})
+
+
+@pytest.mark.parametrize("text", blocks("python"))
+def test_python_of_the_docs_names_things_that_exist(text: str) -> None:
+    try:
+        check_names(text)
+    except ModuleNotFoundError as error:
+        room = (error.name or "").split(".")[1:2]
+        if room and not (PAGES / "src" / "luthier" / room[0] / "__init__.py").exists():
+            pytest.skip(f"the room {room[0]} is not built")
+        raise
+
+
+def check_names(text: str) -> None:
+    """Every `import` of luthier in `text` works, and every attribute taken of such a module is there."""
+    tree = ast.parse(text)
+    aliases: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                if name.name.split(".")[0] == "luthier":
+                    importlib.import_module(name.name)
+                    aliases[name.asname or name.name] = name.name
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "luthier":
+            module = importlib.import_module(node.module or "")
+            for name in node.names:
+                assert hasattr(module, name.name), f"{node.module} has no {name.name}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases:
+            assert hasattr(importlib.import_module(aliases[node.value.id]), node.attr), ast.unparse(node)
+
+
+def test_the_findings_of_the_docs_are_those_of_the_code() -> None:
+    """Each code in the tables of docs/errors.md occurs in the code, whole or as its last part in quotes."""
+    source = "\n".join(path.read_text(encoding="utf-8") for path in (PAGES / "src").rglob("*.py"))
+    listed = re.findall(
+        r"^\| `([a-z]+)\.([a-z_]+)` \|", (PAGES / "docs" / "errors.md").read_text("utf-8"), re.MULTILINE
+    )
+    assert listed
+    unknown = [f"{a}.{b}" for a, b in listed if f'"{b}"' not in source and f"{a}.{b}" not in source]
+    assert not unknown
+    told = set(re.findall(r"(?:\"(?:info|warn|error)\",\s*|code=)\"([a-z]+\.[a-z_]+)\"", source))
+    missing = told - {f"{a}.{b}" for a, b in listed}
+    assert not missing, f"docs/errors.md does not list {sorted(missing)}"
+
+
+def test_a_public_name_stays_the_same_when_its_module_is_imported() -> None:
+    """Importing the module `room.thing` must not put the module in the place of the function `room.thing`."""
+    changed = []
+    for init in [PAGES / "src/luthier/__init__.py", *sorted((PAGES / "src" / "luthier").glob("*/__init__.py"))]:
+        name = ".".join(init.parent.relative_to(PAGES / "src").parts)
+        package = importlib.import_module(name)
+        for public, module in getattr(package, "_WHERE", {}).items():
+            if importlib.util.find_spec(".".join(module.split(".")[:2])) is None:
+                continue
+            try:
+                owner = importlib.import_module(module)
+            except ModuleNotFoundError as error:
+                room = (error.name or "").split(".")[1]
+                if (PAGES / "src" / "luthier" / room / "__init__.py").exists():
+                    raise
+                continue
+            if getattr(package, public) is not getattr(owner, public):
+                changed.append(f"{name}.{public}")
+    assert not changed, f"{changed} are modules where functions were meant"
