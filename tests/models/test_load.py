@@ -115,7 +115,7 @@ def test_dtype_and_attention_are_as_asked(write_folder):
 
 
 def test_too_many_tokens_are_an_error_finding_or_new_rows_with_the_mean(write_folder, make_tokenizer, llama_config):
-    tokenizer = make_tokenizer("<eos>", *[f"<extra{i}>" for i in range(20)], pad="<eos>")
+    tokenizer = make_tokenizer("<eos>", *[f"<extra{i}>" for i in range(20)], pad="<extra0>")
     for tied in (False, True):
         model = t.AutoModelForCausalLM.from_config(llama_config(tie_word_embeddings=tied))
         folder = write_folder(f"many-{tied}", model=model, tokenizer=tokenizer)
@@ -194,6 +194,15 @@ def test_a_full_disk_is_a_crash_that_can_be_resumed(tmp_path):
     with pytest.raises(CrashError, match="the disk is full"):
         save(Full(), None, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_layout_is_asked_for_and_taken(write_folder):
+    sizes = {"vocab_size": 272, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
+    folder = write_folder(model=t.MambaForCausalLM(t.MambaConfig(**sizes)))
+    plain = load(ModelSettings(base=str(folder))).topology
+    assert load(ModelSettings(base=str(folder), layout={"attention": "mixer.in_proj"})).topology != plain
+    with pytest.raises(InputError, match=r"called 'mixxer'; name it as `attention` .* holds: mixer"):
+        load(ModelSettings(base=str(folder), layout={"attention": "mixxer"}))
 
 
 def test_tokenizer_can_come_from_elsewhere(write_folder, make_tokenizer):

@@ -121,6 +121,38 @@ def test_unfused_experts_with_their_router():
     assert topology.region("layers.0.moe.experts.2.1.weight") == ("expert", 0)
 
 
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [
+        (
+            t.SwitchTransformersConfig,
+            {"num_layers": 2, "num_sparse_encoder_layers": 1, "d_kv": 4, "d_ff": 32, "num_heads": 4},
+        ),
+        (
+            t.NllbMoeConfig,
+            {"encoder_layers": 2, "decoder_layers": 2, "encoder_sparse_step": 2, "decoder_sparse_step": 2},
+        ),
+    ],
+)
+def test_experts_that_transformers_keeps_apart(config, sizes):
+    if config is t.NllbMoeConfig:
+        sizes |= {
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 32,
+            "decoder_ffn_dim": 32,
+        }
+    model = t.AutoModelForSeq2SeqLM.from_config(config(vocab_size=64, d_model=16, num_experts=3, **sizes))
+    topology = Topology.of(model)
+    routed = [block for block in topology.blocks if block.experts.count]
+    assert routed and all(block.experts.count == 3 and len(block.router) == 1 for block in routed)
+    assert len(topology.linears("experts")) == 3 * 2 * len(routed)
+    assert not set(topology.linears("experts")) & set(topology.linears())
+    assert {topology.region(f"{path}.weight")[0] for path in topology.linears("experts")} == {"expert"}
+    named = {name for name, _ in model.named_parameters() if "expert" in name}
+    assert named == set(topology.parameters("expert"))
+
+
 def test_a_stack_of_mixed_blocks():
     """A convolution that stands where the other blocks have attention counts as attention."""
     config = t.Lfm2Config(

@@ -55,6 +55,14 @@ def test_seeds_repeat_neighbours_differ_and_parts_never_meet():
     assert not set(train) & set(questions("aiw", 60, 1, "test", config=SIBLINGS))
 
 
+def test_a_sum_of_the_training_part_is_not_asked_of_other_people_in_the_test_part():
+    def numbers(part):
+        found = questions("aiw", 80, 0, part, config={**SIBLINGS, "max_entities": 9})
+        return {tuple(re.findall(r"\d+", question)) for question in found}
+
+    assert not numbers("train") & numbers("test")
+
+
 def test_chatty_answers_are_graded_by_their_last_number():
     row = next(reasoning.rows("chain_sum", count=1, config={"max_terms": 2, "max_digits": 1}))
     right = row["answer"]

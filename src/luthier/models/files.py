@@ -68,6 +68,7 @@ def write_aside(directory: Path) -> Iterator[Path]:
         yield aside
         for path in aside.rglob("*"):
             if path.is_file():
+                path.chmod(0o644)
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
         if directory.exists():

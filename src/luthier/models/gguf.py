@@ -14,6 +14,8 @@ import importlib.util
 import os
 import struct
 import sys
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +74,7 @@ def _convert(path: Path, folder: Path, digest: str) -> None:
 
     where = {"gguf_file": path.name, "local_files_only": True}
     try:
-        with quiet():
+        with quiet(), redirect_stderr(StringIO()):  # a progress bar that knows no switch
             tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
             config = AutoConfig.from_pretrained(path.parent, **where)
             loader: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM

@@ -18,7 +18,7 @@ from torch import nn
 from luthier.errors import InputError
 from luthier.findings import Finding
 from luthier.models import tokens
-from luthier.models.checkpoint import check_weights, kind_of, place_of, read_config
+from luthier.models.checkpoint import check_weights, kind_of, place_of, read_config, read_json
 from luthier.models.locate import Place, licence
 from luthier.models.quiet import first_line, quiet
 from luthier.models.settings import ModelSettings
@@ -33,6 +33,7 @@ _LOADERS = {
     "image-classifier": "AutoModelForImageClassification",
     "speech-seq2seq": "AutoModelForSpeechSeq2Seq",
 }
+_CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
 _NEW_HEAD = ("sequence-classifier", "image-classifier", "encoder")
 
 
@@ -77,9 +78,8 @@ def load(settings: ModelSettings, *, cache: Path | None = None, seed: int = 0) -
     tokenizer = _tokenizer_for(model, folder, kind, place, settings, cache)
     facts: dict[str, Any] = {}
     if tokenizer is not None:
-        if settings.resize_vocabulary:
-            if _resize(model, tokenizer, findings):
-                topology = _topology(model, place, settings)
+        if settings.resize_vocabulary and _resize(model, tokenizer, findings):
+            topology = _topology(model, place, settings)
         facts = tokens.align_tokenizer(tokenizer, model)
     model.eval()
     facts = _facts(place, folder, kind, model, tokenizer, topology, settings) | facts
@@ -109,6 +109,9 @@ def check(loaded: Loaded) -> list[Finding]:
         found.append(Finding(level="error", code="model.pad", message=text))
     elif pad != "own":
         text = f"the tokenizer has no pad token; {facts['pad']['token']!r} is used, without attention and loss"
+        found.append(Finding(level="info", code="model.pad", message=text, value=facts["pad"]["id"]))
+    elif facts["pad"]["id"] in facts["end_tokens"]:
+        text = f"the pad token {facts['pad']['token']!r} is an end token too: padding is told by position, not by id"
         found.append(Finding(level="info", code="model.pad", message=text, value=facts["pad"]["id"]))
     turn = facts["end_of_turn"]
     if turn in facts["added_end_tokens"]:
@@ -263,20 +266,13 @@ def _resize(model: Any, tokenizer: Any, findings: list[Finding]) -> bool:
 def _facts(
     place: Place, folder: Path, kind: str, model: Any, tokenizer: Any, topology: Topology, settings: ModelSettings
 ) -> dict[str, Any]:
-    text = model.config.get_text_config()
-    stated = next(
-        (
-            v
-            for k in ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
-            if (v := getattr(text, k, 0))
-        ),
-        None,
-    )
+    stated = next((v for key in _CONTEXT if (v := getattr(model.config.get_text_config(), key, None))), None)
     parameters = list(model.parameters())
     return {
         "base": settings.base,
         "origin": place.origin,
         "folder": str(folder),
+        "source_sha256": read_json(folder / "luthier.json").get("source_sha256") if place.gguf else None,
         "kind": kind,
         "architecture": type(model).__name__,
         "model_type": model.config.model_type,

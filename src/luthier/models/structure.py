@@ -10,8 +10,8 @@ There is no table of architectures here. A module is judged by what it holds:
     block       it holds attention and, outside that attention, at least one more linear or a stack of experts
     experts     a list of modules of one class, or parameters of three dimensions (transformers 5 fuses all experts
                 of a block into such), next to a router
-    router      a part beside the experts with a single matrix of as many rows as there are experts (or one row: the
-                gate of a shared expert)
+    router      a part beside the experts whose matrices have as many rows as there are experts (or one row: the gate
+                of a shared expert)
 
 PEFT and similar tools put a wrapper where a module was and keep the module inside, as `base_layer` or
 `original_module`. All functions here look through such wrappers, so a wrapped model has the structure of its base.
@@ -199,7 +199,7 @@ def experts_in(block: nn.Module, path: str, attention: list[str]) -> Experts:
             modules.append(here)
             parameters += [join(here, name) for name in own_parameters(part)]
         else:
-            modules += [join(here, name) for name, _ in children(part)]
+            modules += [join(here, name) for name, item in children(part) if linears_in(item)]
         routers += [router for router in beside if router not in routers]
         count = max(count, size)
     return Experts(tuple(modules), tuple(parameters), tuple(routers), count)
@@ -209,13 +209,13 @@ def _list_of_alike(module: nn.Module) -> int:
     """How many modules `module` lists if all are of one class and hold linears; else 0."""
     if not is_list(module):
         return 0
-    items = [child for _, child in children(module)]
+    items = [child for _, child in children(module) if matrices(child)]
     alike = len(items) > 1 and len({type(item) for item in items}) == 1 and all(linears_in(item) for item in items)
     return len(items) if alike else 0
 
 
 def _routers_beside(block: nn.Module, path: str, experts: str, count: int) -> list[str]:
-    """Parts with a single matrix of `count` rows (or of one row) beside `experts`, or beside a parent of it."""
+    """Parts whose matrices all have `count` rows (or one) beside `experts`, or beside a parent of it."""
     parts = dict(walk(block, path))
     parent = experts
     while parent != path:
@@ -225,9 +225,10 @@ def _routers_beside(block: nn.Module, path: str, experts: str, count: int) -> li
         for name, child in children(parts[parent]):
             here = join(parent, name)
             shapes = [v.shape for _, p in walk(child) for v in own_parameters(p).values() if v.ndim >= 2]
-            if not within(experts, [here]) and len(shapes) == 1 and len(shapes[0]) == 2 and shapes[0][0] in (count, 1):
+            rows = {int(shape[0]) if len(shape) == 2 else 0 for shape in shapes}
+            if rows and rows <= {count, 1} and not within(experts, [here]):
                 found.append(here)
-                sizes.add(int(shapes[0][0]))
+                sizes |= rows
         if count in sizes:
             return found
     return []

@@ -134,8 +134,8 @@ class Topology:
         if not found:
             raise InputError(
                 f"no list of blocks with attention and feed-forward was found in {type(base).__name__}",
-                fix="name it as `blocks`, and as `attention` what mixes positions in a block (Topology.of, or model.layout "
-                f"in a recipe); {_seen(base)}",
+                fix="name it as `blocks`, and as `attention` what mixes positions in a block "
+                f"(Topology.of, or model.layout in a recipe); {_seen(base)}",
             )
         first = 0
         stacks = []
@@ -254,7 +254,7 @@ def _find_plain(base: nn.Module) -> dict[str, Modules]:
 
 
 def _parts(block: nn.Module) -> list[str]:
-    """Names of the parts of `block` that hold linears and are none themselves; empty if it holds linears beside them."""
+    """Names of the parts of `block` that hold linears; empty if linears stand beside them."""
     held = [(name, part) for name, part in see.children(block) if see.linears_in(part)]
     return [] if any(see.is_linear(part) for _, part in held) else [name for name, _ in held]
 

@@ -6,10 +6,10 @@
 reasoning-gym (Stojanovski and others, 2025, "Reasoning Gym: reasoning environments for reinforcement learning with
 verifiable rewards") generates about a hundred kinds of puzzle from a seed and scores answers itself. Two things are
 added here. First, its generators draw question i from `seed + i`, so neighbouring seeds share almost all of their
-questions; ours are spread far apart, no question comes twice, and `part` keeps training and test apart by the question
-itself (`luthier.worlds.parts`). Second, a chatty base model says "The answer is 5." where the scorer wants
-"5": `grade` also tries the last number of the answer, so that a gain measures what was learnt and not merely how to
-be brief.
+questions; ours are spread far apart, no question comes twice, and `part` keeps training and test apart by the
+question's numbers (by its words if it has none; `luthier.worlds.parts`): a sum seen in training is not asked again of
+other people. Second, a chatty base model says "The answer is 5." where the scorer wants "5": `grade` also tries the
+last number of the answer, so that a gain measures what was learnt and not merely how to be brief.
 
 A row carries the puzzle's task, settings, seed and index, from which the grader rebuilds the very same puzzle: nothing
 is lost in the row's journey through JSON.
@@ -68,7 +68,7 @@ def rows(
         task: a name in reasoning-gym, such as `aiw` or `chain_sum`.
         count: how many rows, all with different questions.
         seed: the same seed gives the same rows; any other seed draws elsewhere.
-        part: `train` and `test` never share a question; `all` draws from both.
+        part: `train` and `test` never share a question's numbers; `all` draws from both.
         system: a system message put before every question; None puts none.
         config: the task's own settings.
 
@@ -87,7 +87,7 @@ def rows(
     while len(seen) < count:
         puzzle = puzzles[index]
         question, answer = str(puzzle["question"]).strip(), str(puzzle["answer"])
-        if question not in seen and belongs(question, part):
+        if question not in seen and belongs(" ".join(_NUMBER.findall(question)) or question, part):
             seen.add(question)
             last_new = index
             messages = [*opening, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]

@@ -1,0 +1,29 @@
+"""The one training loop: batches in, an objective's loss, a tuning's parameters, checkpoints out.
+
+No method owns a loop of its own; what a method must do around a step it does through the hooks of `Tuned`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_WHERE = {
+    "TrainSettings": "luthier.train.settings",
+    "Loop": "luthier.train.loop",
+    "StepRecord": "luthier.train.loop",
+    "Interrupted": "luthier.train.loop",
+    "Checkpoints": "luthier.train.checkpoints",
+}
+__all__ = ["Checkpoints", "Interrupted", "Loop", "StepRecord", "TrainSettings"]
+
+if TYPE_CHECKING:
+    from luthier.train.checkpoints import Checkpoints
+    from luthier.train.loop import Interrupted, Loop, StepRecord
+    from luthier.train.settings import TrainSettings
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(importlib.import_module(_WHERE[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,365 @@
+"""The loop: plan a step, run its micro-batches, normalise once, step, and let hooks do the rest.
+
+    for each optimiser step:
+        rows     which rows: a pure function of (seed, epoch, step), the same for any number of devices
+        units    how many units the objective sums over in the whole step, on all devices
+        loss     sum over micro-batches of `objective.loss(...).value / units`, so how a step is cut is of no influence
+        step     tuned.on_grad, clip, optimiser, schedule, tuned.on_step_end
+
+`steps()` is a generator that yields one record after each optimiser step; checkpoints, validation and early stopping
+happen between two of them. A run can be killed at any moment: it goes on from its newest checkpoint, and on a CPU
+ends with the same bits as if it had never been stopped. On several devices (`accelerate launch -m luthier run ...`)
+each one takes its share of every step's rows; accelerate does the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor
+from transformers import get_scheduler
+
+from luthier.data.batches import Step, plan_epoch
+from luthier.data.collate import pack_batch, pad_batch
+from luthier.errors import CrashError, GateError, InputError
+from luthier.objectives.base import IGNORED, Objective
+from luthier.train.checkpoints import Checkpoints, restore_optimizer, restore_random_state
+from luthier.train.settings import TrainSettings
+from luthier.tune.base import Tuned
+
+SAVE_EVERY = 200  # optimiser steps, unless `save_steps` says otherwise
+
+
+class Examples(Protocol):
+    """Encoded examples with random access, such as `luthier.data.store.Encodings`."""
+
+    @property
+    def lengths(self) -> Any: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Any: ...
+
+
+class Interrupted(CrashError):
+    """The user or the machine asked to stop; a checkpoint was written and `luthier resume` goes on from it."""
+
+
+class NotFinite(GateError):
+    """A loss or gradient was NaN or infinite; the weights before that step are the newest checkpoint's."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one optimiser step did.
+
+    Attributes:
+        step: steps done, counted from 1.
+        loss: the objective's mean over the step (nats per unit).
+        grad_norm: before clipping.
+        tokens: labelled and unlabelled tokens seen in this step, padding left out; `rows` likewise.
+        seconds: wall time of the step.
+        validation_loss: mean over the validation rows, where it was taken after this step.
+    """
+
+    step: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    rows: int
+    seconds: float
+    metrics: dict[str, float]
+    validation_loss: float | None = None
+
+
+class Loop:
+    """Trains `tuned` on encoded examples; see `steps` and `run`.
+
+    Args:
+        directory: where `metrics.jsonl` and `checkpoints/` go; None keeps nothing (a dry run).
+        pad_id: fills rows up on the right; its embedding never matters to a causal model.
+        packing: put several examples into one row (`luthier.data.collate.packing_is_exact` must approve the model).
+        device: `cpu`, `cuda` or `auto`.
+    """
+
+    def __init__(
+        self,
+        tuned: Tuned,
+        objective: Objective,
+        settings: TrainSettings,
+        train: Examples,
+        validation: Examples | None = None,
+        *,
+        directory: Path | None = None,
+        seed: int = 0,
+        pad_id: int = 0,
+        packing: bool = False,
+        device: str = "auto",
+        trackers: Sequence[str] = (),
+    ):
+        if len(train) == 0:
+            raise InputError("there is no training example", where="data", fix="look at the findings of the data stage")
+        self.tuned, self.objective, self.settings = tuned, objective, settings
+        self.train, self.validation = train, validation
+        self.directory, self.seed, self.pad_id, self.packing = directory, seed, pad_id, packing
+        AcceleratorState._reset_state()
+        self.accelerator = Accelerator(
+            cpu=device == "cpu",
+            mixed_precision=settings.mixed_precision,
+            log_with=list(trackers) or None,
+            project_dir=str(directory) if directory else None,
+        )
+        if trackers:
+            self.accelerator.init_trackers("luthier", config=settings.model_dump(mode="json"))
+        if settings.gradient_checkpointing:
+            tuned.base_model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        self.steps_per_epoch = math.ceil(len(train) / settings.effective_batch_size)
+        self.total = settings.max_steps or max(1, math.ceil(settings.num_train_epochs * self.steps_per_epoch))
+        self.learning_rate = settings.learning_rate or tuned.settings.default_learning_rate
+        self.model = self.accelerator.prepare(tuned.model)
+        self.optimizer = self.accelerator.prepare(_optimizer(tuned, settings, self.learning_rate))
+        warmup = settings.warmup_steps
+        if warmup is None:
+            warmup = math.ceil(settings.warmup_ratio * self.total)
+        # The schedule counts optimiser steps itself; handed to accelerate it would count devices too.
+        self.schedule = get_scheduler(
+            settings.lr_scheduler_type, _inner(self.optimizer), num_warmup_steps=warmup, num_training_steps=self.total
+        )
+        self.checkpoints = Checkpoints(directory / "checkpoints", settings.save_total_limit) if directory else None
+        self.done = 0
+        self.best: float | None = None
+        self.since_best = 0
+        self.stopped_early = False
+        self._stop: str | None = None
+
+    # Driving
+
+    def run(self, on_step: Callable[[StepRecord], None] | None = None) -> list[StepRecord]:
+        """All remaining steps, with clean leaving on SIGINT and SIGTERM; returns their records."""
+        with self._signals():
+            records = []
+            for record in self.steps():
+                records.append(record)
+                if on_step:
+                    on_step(record)
+            return records
+
+    def steps(self) -> Iterator[StepRecord]:
+        """Resume from the newest checkpoint if there is one, then yield a record after each optimiser step."""
+        self.resume()
+        self.model.train()
+        while self.done < self.total and not self.stopped_early:
+            epoch, first = divmod(self.done, self.steps_per_epoch)
+            for step in self._plan(epoch)[first:]:
+                yield self._advance(step)
+                if self.done >= self.total or self.stopped_early:
+                    break
+        self.model.eval()
+        self.tuned.on_phase_end()
+        if self.settings.load_best_model_at_end and self.checkpoints and self.best is not None:
+            best = self.checkpoints.directory / "best"
+            weights, _, _ = Checkpoints(best).load(Checkpoints(best).steps()[-1])
+            self.tuned.load_state_dict(weights)
+        self.accelerator.end_training()
+
+    def resume(self) -> int:
+        """Go back to the newest whole checkpoint; returns its step, 0 if there is none."""
+        steps = self.checkpoints.steps() if self.checkpoints else []
+        if steps and self.done == 0:
+            assert self.checkpoints is not None
+            weights, moments, state = self.checkpoints.load(steps[-1])
+            self.tuned.load_state_dict(weights)
+            self.tuned.load_extra_state(state["tuning"])
+            restore_optimizer(_inner(self.optimizer), moments, state["optimizer"])
+            self.schedule.load_state_dict(state["schedule"])
+            self.best, self.since_best = state["best"], state["since_best"]
+            self.stopped_early = state["stopped_early"]
+            restore_random_state(state["random"])
+            self.done = state["step"]
+        if self.directory and self.accelerator.is_main_process:
+            _cut_metrics(self.directory / "metrics.jsonl", self.done)
+        return self.done
+
+    # One step
+
+    def _advance(self, step: Step) -> StepRecord:
+        began = time.perf_counter()
+        rank = self.accelerator.process_index
+        batches = [self._collate(indices) for indices in step[rank]]
+        tokens, rows = (sum(int(self.train.lengths[i]) for r in step for b in r for i in b), sum(len(b) for r in step for b in r))
+        units = self._over_devices(sum(self.objective.units(b) for b in batches))
+        if units == 0:
+            raise InputError("no token of this step carries a label", where=f"step {self.done + 1}", fix="look at the loss mask")
+        rate = float(self.schedule.get_last_lr()[0])
+        self.tuned.on_step_begin(self.done)
+        total, sums = 0.0, {}
+        for number, batch in enumerate(batches):
+            last = number == len(batches) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+                with self.accelerator.autocast():
+                    loss = self.objective.loss(self.model, batch)
+                # Gradients are averaged over devices, so each device's sum counts that many times.
+                self.accelerator.backward(loss.value * (self.accelerator.num_processes / units))
+            total += float(loss.value.detach())
+            for name, (value, weight) in loss.metrics.items():
+                old = sums.get(name, (0.0, 0.0))
+                sums[name] = (old[0] + value, old[1] + weight)
+        mean = self._over_devices(total) / units
+        self.tuned.on_grad(self.done)
+        norm = float(self.accelerator.clip_grad_norm_(self.tuned.moving().values(), self.settings.max_grad_norm))
+        skippable = self.settings.mixed_precision == "fp16"  # the scaler itself skips steps that overflow
+        if not math.isfinite(mean) or (not math.isfinite(norm) and not skippable):
+            raise NotFinite(f"the loss is {mean} and the gradient norm {norm} at step {self.done + 1}; try a lower learning rate.")
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.tuned.on_step_end(self.done)
+        self.done += 1
+        metrics = {name: value / weight for name, (value, weight) in sums.items() if weight}
+        validation = self._validate() if self._due(self.settings.eval_steps or self.steps_per_epoch) else None
+        record = StepRecord(
+            self.done, mean, rate, norm, tokens, rows, time.perf_counter() - began, metrics, validation
+        )
+        self._keep(record)
+        return record
+
+    def _collate(self, indices: list[int], examples: Examples | None = None) -> dict[str, Tensor]:
+        source = self.train if examples is None else examples
+        if indices:
+            chosen = [source[i] for i in indices]
+        else:  # a device without rows in this micro-batch still takes part, with a row that carries no label
+            ids = list(source[0]["input_ids"])[:2]
+            chosen = [{"input_ids": ids, "labels": [IGNORED] * len(ids)}]
+        batch = pack_batch(chosen) if self.packing else pad_batch(chosen, self.pad_id)
+        return {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
+
+    def _plan(self, epoch: int, examples: Examples | None = None) -> list[Step]:
+        return plan_epoch(
+            (self.train if examples is None else examples).lengths,
+            seed=self.seed,
+            epoch=epoch,
+            rows_per_step=self.settings.effective_batch_size,
+            tokens_per_batch=self.settings.max_tokens_per_device,
+            ranks=self.accelerator.num_processes,
+            bucketing=self.settings.group_by_length,
+            packing=self.packing,
+        )
+
+    def _over_devices(self, value: float) -> float:
+        if self.accelerator.num_processes == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.accelerator.device)
+        return float(self.accelerator.reduce(tensor, reduction="sum"))  # type: ignore[arg-type]
+
+    # Between steps
+
+    def _due(self, interval: int) -> bool:
+        return self.done % interval == 0 or self.done == self.total
+
+    def _validate(self) -> float | None:
+        """The objective's mean over the validation rows, without gradient; also keeps the best and counts patience."""
+        if self.validation is None or len(self.validation) == 0:
+            return None
+        self.model.eval()
+        value = units = 0.0
+        with torch.no_grad(), self.accelerator.autocast():
+            for step in self._plan(0, self.validation):
+                for indices in step[self.accelerator.process_index]:
+                    loss = self.objective.loss(self.model, self._collate(indices, self.validation))
+                    value, units = value + float(loss.value), units + loss.units
+        self.model.train()
+        mean = self._over_devices(value) / max(self._over_devices(units), 1.0)
+        if self.best is None or mean < self.best:
+            self.best, self.since_best = mean, 0
+            if self.settings.load_best_model_at_end and self.checkpoints and self.accelerator.is_main_process:
+                best = Checkpoints(self.checkpoints.directory / "best", keep=1)
+                best.save(self.done, self.tuned.state_dict(), _inner(self.optimizer), self._state())
+        else:
+            self.since_best += 1
+        patience = self.settings.early_stopping_patience
+        self.stopped_early = patience is not None and self.since_best >= patience
+        return mean
+
+    def _keep(self, record: StepRecord) -> None:
+        """Metrics, trackers, a checkpoint where one is due, and leaving if a signal has come."""
+        logged = record.step % self.settings.logging_steps == 0 or record.validation_loss is not None
+        if self.directory and logged and self.accelerator.is_main_process:
+            with (self.directory / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(record)) + "\n")
+            numbers = {"loss": record.loss, "learning_rate": record.learning_rate, "grad_norm": record.grad_norm}
+            self.accelerator.log(numbers | record.metrics, step=record.step)
+        leaving = self._stop is not None
+        if self.checkpoints and (leaving or self._due(self.settings.save_steps or SAVE_EVERY) or self.stopped_early):
+            if self.accelerator.is_main_process:
+                self.checkpoints.save(self.done, self.tuned.state_dict(), _inner(self.optimizer), self._state())
+            self.accelerator.wait_for_everyone()
+        if leaving and self.done < self.total:
+            raise Interrupted(f"stopped by {self._stop} after step {self.done} of {self.total}; a checkpoint was written.")
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "schedule": {k: v for k, v in self.schedule.state_dict().items() if k != "lr_lambdas"} | {"lr_lambdas": [None] * len(_inner(self.optimizer).param_groups)},
+            "tuning": self.tuned.extra_state(),
+            "best": self.best,
+            "since_best": self.since_best,
+            "stopped_early": self.stopped_early,
+        }
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """The first SIGINT or SIGTERM finishes the step, saves and leaves; a second one is taken at its word."""
+
+        def note(number: int, frame: Any) -> None:
+            self._stop = signal.Signals(number).name
+            signal.signal(number, before[number])
+
+        before: dict[int, Any] = {}
+        with contextlib.suppress(ValueError):  # not in the main thread: signals are somebody else's
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before[number] = signal.signal(number, note)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _inner(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimiser below accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def _optimizer(tuned: Tuned, settings: TrainSettings, learning_rate: float) -> torch.optim.Optimizer:
+    groups = tuned.parameter_groups(settings.weight_decay)
+    if settings.optim == "sgd":
+        return torch.optim.SGD(groups, lr=learning_rate)
+    if settings.optim == "adafactor":
+        from transformers.optimization import Adafactor
+
+        return Adafactor(groups, lr=learning_rate, scale_parameter=False, relative_step=False)
+    betas = (settings.adam_beta1, settings.adam_beta2)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=settings.adam_epsilon)
+
+
+def _cut_metrics(path: Path, done: int) -> None:
+    """Drop lines of steps after `done`, and a last line that was cut off while being written."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            if json.loads(line)["step"] <= done:
+                kept.append(line + "\n")
+    aside = path.with_suffix(".writing")
+    aside.write_text("".join(kept), encoding="utf-8")
+    aside.replace(path)

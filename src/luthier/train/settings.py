@@ -1,0 +1,64 @@
+"""Settings of `tune.train`: how long, how fast, in which batches. Names are those of transformers' TrainingArguments
+where one exists; two are ours because that class has no words for them: `effective_batch_size` (rows per optimiser
+step, over all devices) and `max_tokens_per_device` (the size of a micro-batch, padding included).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"]
+
+
+class TrainSettings(BaseModel):
+    """How the loop trains.
+
+    Attributes:
+        learning_rate: peak; null is the tuning's own default (full 2e-5, LoRA 2e-4).
+        num_train_epochs: passes over the training rows; may be a fraction. `max_steps`, if given, decides instead.
+        effective_batch_size: rows per optimiser step, over all micro-batches and devices.
+        max_tokens_per_device: tokens per micro-batch with padding; a single longer row is a batch of its own. Bounds
+            memory and has no influence on the outcome.
+        warmup_ratio, warmup_steps: the rise to the peak; `warmup_steps`, if given, decides.
+        group_by_length: let rows of like length share a step (less padding).
+        logging_steps: every how many steps a line goes to `metrics.jsonl`.
+        eval_steps, save_steps: every how many steps the validation loss is taken and a checkpoint written; null is
+            once an epoch for evaluation and every 200 steps for checkpoints.
+        load_best_model_at_end: hand over the weights with the lowest validation loss, not the last ones.
+        early_stopping_patience: stop after so many validation losses in a row without a new lowest one.
+        mixed_precision: arithmetic of the forward pass; weights stay in their own type.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    learning_rate: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    num_train_epochs: float = Field(default=2.0, gt=0, allow_inf_nan=False)
+    max_steps: int | None = Field(default=None, ge=1)
+    effective_batch_size: int = Field(default=16, ge=1)
+    max_tokens_per_device: int = Field(default=2048, ge=1)
+    group_by_length: bool = True
+    lr_scheduler_type: Scheduler = "cosine"
+    warmup_ratio: float = Field(default=0.05, ge=0, le=1)
+    warmup_steps: int | None = Field(default=None, ge=0)
+    optim: Literal["adamw_torch", "sgd", "adafactor"] = "adamw_torch"
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    gradient_checkpointing: bool = False
+    logging_steps: int = Field(default=1, ge=1)
+    eval_steps: int | None = Field(default=None, ge=1)
+    save_steps: int | None = Field(default=None, ge=1)
+    save_total_limit: int = Field(default=2, ge=1)
+    load_best_model_at_end: bool = False
+    early_stopping_patience: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> TrainSettings:
+        if self.warmup_steps is not None and "warmup_ratio" in self.model_fields_set:
+            raise ValueError("give warmup_steps or warmup_ratio, not both")
+        return self
