@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -167,7 +168,7 @@ def passages(
 def chats(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[list[int], int]]:
     """Endless chat rows of the learned skills: (ids, where the answer starts); training questions only."""
     rng = random.Random(f"chats/{seed}")
-    for name in _endless(LEARNED):
+    for name in itertools.cycle(LEARNED):
         question, answer = arithmetic.LEARNED[name](rng)
         if arithmetic.belongs(question, "train"):
             prompt = tokenizer.apply_chat_template(
@@ -175,11 +176,6 @@ def chats(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[list[
             )
             start = tokenizer(prompt, add_special_tokens=False).input_ids
             yield start + tokenizer(answer, add_special_tokens=False).input_ids + [tokenizer.eos_token_id], len(start)
-
-
-def _endless(names: list[str]) -> Iterator[str]:
-    while True:
-        yield from names
 
 
 def batch(rows: list[tuple[list[int], int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -86,6 +86,7 @@ def test_a_quarter_of_all_questions_are_test_questions():
         ({"count": 0}, "got 0"),
         ({"count": "many"}, "got 'many'"),
         ({"count": True}, "got True"),
+        ({"seed": 0.5}, "seed: expected a whole number, got 0.5"),
         ({"skill": "add", "count": 20_000, "part": "test"}, "ask for fewer rows"),
     ],
 )

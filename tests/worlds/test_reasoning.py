@@ -90,6 +90,10 @@ def test_the_system_message_comes_first():
         ({"task": "chain_sum", "config": {"min_terms": 5, "max_terms": 2}}, "refuses the settings of chain_sum"),
         ({"task": "aiw", "part": "dev"}, "unknown part 'dev'"),
         ({"task": "aiw", "count": -1}, "got -1"),
+        ({"task": "aiw", "seed": "0"}, "seed: expected a whole number, got '0'"),
+        ({"task": ["aiw"]}, "expected the name of a task"),
+        ({"task": "aiw", "config": "max_entities"}, "expected settings made of"),
+        ({"task": "aiw", "config": {"max_entities": {1, 2}}}, "expected settings made of"),
         ({"task": "products", "count": 500, "config": {"max_digits": 1}}, "ask for fewer rows"),
     ],
 )

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from luthier.errors import InputError, did_you_mean
-from luthier.worlds.parts import belongs, checked_count
+from luthier.worlds.parts import belongs, checked_count, checked_seed
 
 # How many draws in a row may bring nothing new before a source is taken to be exhausted.
 PATIENCE = 2000
@@ -119,7 +119,7 @@ def rows(
             raise InputError(f"unknown skill {name!r}", where="skill", fix=did_you_mean(str(name), SKILLS))
     if not names:
         raise InputError("no skill is named", where="skill", fix=did_you_mean("", SKILLS))
-    count = checked_count(count)
+    count, seed = checked_count(count), checked_seed(seed)
     rng = random.Random(f"{seed}/{','.join(names)}")
     seen: set[str] = set()
     fruitless = 0

@@ -18,7 +18,7 @@ from importlib import resources
 from typing import Any
 
 from luthier.errors import InputError
-from luthier.worlds.parts import belongs, checked_count
+from luthier.worlds.parts import belongs, checked_count, checked_seed
 
 
 def _questions() -> list[tuple[str, str, list[str]]]:
@@ -34,7 +34,7 @@ def rows(count: int = 40, seed: int = 0, part: str = "all", system: str | None =
     Yields `{"messages": [system?, user, assistant], "keys": [words]}`; `part` as in `luthier.worlds.parts`. Raises
     `InputError` if the part has fewer than `count` questions.
     """
-    count = checked_count(count)
+    count, seed = checked_count(count), checked_seed(seed)
     questions = [entry for entry in _questions() if belongs(entry[0], part)]
     if count > len(questions):
         raise InputError(

@@ -34,3 +34,10 @@ def checked_count(count: object, where: str = "count") -> int:
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise InputError(f"expected a whole number of rows, 1 or more, got {count!r}", where=where)
     return count
+
+
+def checked_seed(seed: object) -> int:
+    """`seed` as a whole number; anything else raises `InputError`."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise InputError(f"expected a whole number, got {seed!r}", where="seed")
+    return seed

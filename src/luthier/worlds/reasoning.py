@@ -25,12 +25,20 @@ from functools import lru_cache
 from typing import Any
 
 from luthier.errors import InputError, did_you_mean
-from luthier.worlds.parts import belongs, checked_count
+from luthier.worlds.parts import belongs, checked_count, checked_seed
 
 # A dataset of reasoning-gym is virtual: its size bounds the index and costs nothing.
 SIZE = 1_000_000
 PATIENCE = 2000
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:/\d+)?")
+
+
+def _settings(config: Any) -> str:
+    """A task's own settings as JSON, the same text for the same settings."""
+    try:
+        return json.dumps(dict(config or {}), sort_keys=True)
+    except (TypeError, ValueError):
+        raise InputError(f"expected settings made of numbers, text and lists, got {config!r}", where="config") from None
 
 
 @lru_cache(maxsize=64)
@@ -78,8 +86,10 @@ def rows(
     Raises:
         InputError: package missing, task, setting or part unknown, or fewer than `count` different questions.
     """
-    count = checked_count(count)
-    settings = json.dumps(dict(config or {}), sort_keys=True)
+    count, seed = checked_count(count), checked_seed(seed)
+    settings = _settings(config)
+    if not isinstance(task, str):
+        raise InputError(f"expected the name of a task, got {task!r}", where="task")
     puzzles = _puzzles(task, settings, seed)
     opening = [{"role": "system", "content": system}] if system else []
     seen: set[str] = set()
@@ -117,7 +127,7 @@ def grade(row: Mapping[str, Any], answer: str) -> float:
             where=row.get("where"),
             fix="use luthier.worlds.reasoning:rows",
         )
-    puzzles = _puzzles(place["task"], json.dumps(dict(place["config"] or {}), sort_keys=True), place["seed"])
+    puzzles = _puzzles(place["task"], _settings(place["config"]), place["seed"])
     puzzle = puzzles[place["index"]]
     tries = [answer.strip()]
     numbers = _NUMBER.findall(answer.replace(",", ""))

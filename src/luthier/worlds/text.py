@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from importlib import resources
 
 from luthier.errors import InputError, did_you_mean
-from luthier.worlds.parts import checked_count
+from luthier.worlds.parts import checked_count, checked_seed
 
 
 def _scripture() -> list[str]:
@@ -50,7 +50,7 @@ def rows(source: str = "scripture", count: int = 40, words: int = 60, seed: int 
     """
     if source not in SOURCES:
         raise InputError(f"unknown text {source!r}", where="source", fix=did_you_mean(str(source), SOURCES))
-    count, words = checked_count(count), checked_count(words, "words")
+    count, words, seed = checked_count(count), checked_count(words, "words"), checked_seed(seed)
     paragraphs = SOURCES[source]()
     if count > len(paragraphs):
         raise InputError(

@@ -1,0 +1,88 @@
+"""`luthier plan`: what a run would do and what it would cost, without reading weights or training.
+
+The rows are read and split in a scratch folder and encoded with the model's tokenizer; the model is built without
+weights. So counts of rows, tokens, steps and parameters are exact, memory is an estimate, and time is left open: it
+depends on the machine and is measured by the dry run of the environment stage.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from luthier.data.prepare import prepare
+from luthier.data.rows import Rows
+from luthier.data.store import encode_split
+from luthier.models import count, estimate, load_tokenizer, skeleton, verify
+from luthier.models.topology import Topology
+from luthier.pipeline.recipe import Recipe, load_recipe
+
+
+def plan(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Sections data, model, tune, evaluate, deploy, findings; json-able. Raises `InputError` as `run` would."""
+    recipe = load_recipe(source, overrides)
+    facts = verify(recipe.model)
+    with tempfile.TemporaryDirectory() as scratch:
+        prepared = prepare(recipe.data, Path(scratch) / "rows", seed=recipe.environment.seed)
+        tokenizer = load_tokenizer(recipe.model)
+        encoded = encode_split(
+            Rows(prepared.files["train"]),
+            tokenizer,
+            recipe.data,
+            Path(scratch) / "encoded",
+            recipe.data.max_length,
+            context=recipe.model.context,
+        )
+        findings = [*prepared.findings, *encoded.findings]
+        rows, tokens = len(encoded), int(sum(encoded.lengths))
+        learned, longest = int(sum(encoded.loss_tokens)), int(max(encoded.lengths, default=0))
+        splits = {name: len(Rows(path)) for name, path in prepared.files.items()}
+    model = skeleton(recipe.model)
+    topology = Topology.of(model)
+    counts = count(model, topology)
+    phases = []
+    for phase in recipe.tune:
+        train = phase.train
+        per_epoch = math.ceil(rows / train.effective_batch_size)
+        steps = train.max_steps or max(1, math.ceil(train.num_train_epochs * per_epoch))
+        moving = _moving(phase.tuning, topology, model)
+        length = max(longest, train.max_tokens_per_device)
+        memory = estimate(
+            counts,
+            rows=1,
+            length=length,
+            trainable=moving,
+            mixed=train.mixed_precision != "no",
+            checkpointing=train.gradient_checkpointing,
+        )
+        phases.append(
+            {
+                "method": phase.tuning.method,
+                "objective": phase.objective.method,
+                "steps": steps,
+                "steps_per_epoch": per_epoch,
+                "tokens": round(tokens * steps / max(1, per_epoch)),
+                "trainable_parameters": moving,
+                "memory_bytes": memory.describe(),
+            }
+        )
+    return {
+        "name": recipe.name,
+        "data": {"rows": splits, "tokens": tokens, "tokens_with_loss": learned, "longest": longest},
+        "model": {k: facts.get(k) for k in ("base", "architecture", "licence")} | {"parameters": counts.parameters},
+        "tune": phases,
+        "evaluate": [{"name": t.name, "method": t.method, "role": t.role} for t in recipe.evaluate.tasks],
+        "deploy": {"merge": recipe.deploy.merge},
+        "findings": [f.model_dump() for f in findings],
+    }
+
+
+def _moving(tuning: Any, topology: Topology, model: Any) -> int:
+    """How many numbers would move: counted on the model without weights."""
+    from luthier.tune.base import Probe
+
+    tuned = tuning.attach(model, Probe(topology))
+    return sum(p.numel() for p in tuned.moving().values())

@@ -1,0 +1,140 @@
+"""Stage 3, environment: what the machine is, whether the job fits it, and a dry run of two steps before the long one."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from luthier.errors import GateError, InputError
+from luthier.findings import Finding
+from luthier.models import count, estimate
+from luthier.pipeline.recipe import Recipe, dump_recipe
+from luthier.pipeline.stage import Context, Outcome, Stage, write_json, write_text
+from luthier.pipeline.stages.model import load_base
+from luthier.pipeline.stages.tune import make_loop
+
+PACKAGES = ("luthier", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy")
+REPEAT_BELOW = 4.0  # seconds: a dry run that is longer than this is not repeated to see whether it is deterministic
+
+
+class EnvironmentStage(Stage):
+    """Writes env.json and train.yaml (the recipe with all defaults)."""
+
+    name = "environment"
+    needs = ("data", "model")
+
+    def settings(self, recipe: Recipe) -> Any:
+        return {
+            "environment": recipe.environment.model_dump(mode="json", exclude={"trackers"}),
+            "tune": [phase.model_dump(mode="json") for phase in recipe.tune],
+        }
+
+    def run(self, context: Context, directory: Path) -> Outcome:
+        recipe = context.recipe
+        write_text(directory / "train.yaml", dump_recipe(recipe))
+        findings, facts = self._dry_run(context)
+        write_json(directory / "env.json", machine())
+        return Outcome(findings, facts | {"versions": versions()}, ["train.yaml"])
+
+    def _dry_run(self, context: Context) -> tuple[list[Finding], dict[str, Any]]:
+        findings: list[Finding] = []
+        loaded = load_base(context)
+        loop = make_loop(context, loaded, context.recipe.tune[0], directory=None)
+        facts: dict[str, Any] = {"steps": loop.total}
+        if loop.total < 20:
+            text = f"the first phase has {loop.total} steps; below 20 little is learnt: more epochs or a smaller batch"
+            findings.append(Finding(level="warn", code="environment.few_steps", message=text, value=loop.total, limit=20))
+        findings += self._memory(context, loaded, loop)
+        if any(f.level == "error" for f in findings):
+            return findings, facts
+        began = time.perf_counter()
+        losses = []
+        try:
+            for _, record in zip(range(2), loop.steps(), strict=False):
+                losses.append(record.loss)
+        except GateError as error:
+            findings.append(Finding(level="error", code="environment.not_finite", message=str(error)))
+            return findings, facts
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            text = f"two steps do not fit into memory ({error}); lower tune.train.max_tokens_per_device"
+            findings.append(Finding(level="error", code="environment.memory", message=text))
+            return findings, facts
+        seconds = time.perf_counter() - began
+        facts["seconds_per_step"] = seconds / max(1, len(losses))
+        if seconds < REPEAT_BELOW:
+            again = make_loop(context, load_base(context), context.recipe.tune[0], directory=None)
+            same = [record.loss for _, record in zip(range(2), again.steps(), strict=False)] == losses
+            facts["deterministic"] = same
+            if not same:
+                text = "the same two steps gave another loss: runs on this machine will not repeat to the last bit"
+                findings.append(Finding(level="warn", code="environment.not_deterministic", message=text))
+        return findings, facts
+
+    def _memory(self, context: Context, loaded: Any, loop: Any) -> list[Finding]:
+        counts = count(loop.tuned.model, loaded.topology)
+        train = context.recipe.tune[0].train
+        longest = int(max(loop.train.lengths))
+        length = max(longest, train.max_tokens_per_device)
+        need = estimate(
+            counts, rows=1, length=length, mixed=train.mixed_precision != "no", checkpointing=train.gradient_checkpointing
+        ).total
+        have = available_memory(loop.accelerator.device)
+        text = f"training needs about {need / 2**30:.1f} GiB, the machine has {have / 2**30:.1f} GiB free"
+        if need > have:
+            text += "; lower tune.train.max_tokens_per_device or set gradient_checkpointing: true"
+        level = "error" if need > have else "info"
+        return [Finding(level=level, code="environment.memory", message=text, value=need, limit=have)]  # type: ignore[arg-type]
+
+
+def available_memory(device: torch.device) -> int:
+    """Free bytes where training will happen."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def set_threads(recipe: Recipe) -> None:
+    """Apply `environment.threads`."""
+    if recipe.environment.threads:
+        torch.set_num_threads(recipe.environment.threads)
+    if recipe.environment.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("there is no CUDA device here", where="environment.device", fix="write auto or cpu")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that the outcome depends on."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        import luthier
+
+        return luthier.__version__ if name == "luthier" else "not installed"
+
+
+def machine() -> dict[str, Any]:
+    """What this machine is, for `env.json`."""
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "versions": versions(),
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "devices": devices or ["cpu"],
+    }

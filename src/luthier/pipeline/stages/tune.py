@@ -1,0 +1,147 @@
+"""Stage 4, tune: the phases one after the other, each from where the one before ended, and what may not have happened."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from luthier.data.store import Encodings
+from luthier.errors import GateError
+from luthier.findings import Finding
+from luthier.models import Loaded
+from luthier.models.files import write_aside
+from luthier.models.topology import Topology
+from luthier.pipeline.progress import training_progress
+from luthier.pipeline.recipe import Phase, Recipe
+from luthier.pipeline.stage import Context, Outcome, Stage
+from luthier.pipeline.stages.model import load_base, pad_id
+from luthier.train import Loop
+from luthier.tune import Probe
+from luthier.tune.base import share_that_moves
+
+
+class TuneStage(Stage):
+    """Writes metrics, checkpoints and, whole, the folder `tuned/`."""
+
+    name = "tune"
+    needs = ("data", "model", "environment")
+
+    def settings(self, recipe: Recipe) -> Any:
+        return {"tune": [p.model_dump(mode="json") for p in recipe.tune], "seed": recipe.environment.seed}
+
+    def run(self, context: Context, directory: Path) -> Outcome:
+        recipe = context.recipe
+        loaded = load_base(context)
+        findings: list[Finding] = []
+        facts: dict[str, Any] = {"phases": []}
+        shutil.rmtree(directory / "tuned", ignore_errors=True)
+        for number, phase in enumerate(recipe.tune, start=1):
+            last = number == len(recipe.tune)
+            loop = make_loop(context, loaded, phase, directory=directory / f"phase-{number}", phase_number=number)
+            assert loop.directory is not None
+            loop.directory.mkdir(parents=True, exist_ok=True)
+            moving, whole = share_that_moves(loop.tuned)
+            frozen = _fingerprint(loop.tuned.frozen().values())
+            began = time.perf_counter()
+            try:
+                with training_progress(context.progress, loop, f"tune {number}/{len(recipe.tune)}") as on_step:
+                    loop.run(on_step)
+            except GateError as error:
+                findings.append(Finding(level="error", code="tune.not_finite", message=str(error)))
+                return Outcome(findings, facts)
+            history = read_metrics(loop.directory / "metrics.jsonl")
+            findings += _judge(history, number)
+            if _fingerprint(loop.tuned.frozen().values()) != frozen:
+                text = "weights that should have stayed frozen have changed"
+                findings.append(Finding(level="error", code="tune.frozen_changed", message=text))
+            if loop.stopped_early:
+                text = f"phase {number} stopped after {loop.done} of {loop.total} steps: the validation loss rose"
+                findings.append(Finding(level="info", code="tune.stopped_early", message=text, value=loop.done))
+            phase_facts = {"method": phase.tuning.method, "objective": phase.objective.method, "steps": loop.done}
+            phase_facts |= {"trainable": moving, "parameters": whole, "seconds": time.perf_counter() - began}
+            phase_facts |= {"tokens": sum(r["tokens"] for r in history), "train_seconds": sum(r["seconds"] for r in history)}
+            facts["phases"].append(phase_facts)
+            if last and len(recipe.tune) == 1:
+                with write_aside(directory / "tuned") as aside:
+                    facts["format"] = loop.tuned.save(aside)
+            else:
+                model = loop.tuned.merged()
+                loaded.model, loaded.topology = model, Topology.of(model)
+                if last:
+                    with write_aside(directory / "tuned") as aside:
+                        model.save_pretrained(aside)  # type: ignore[operator]
+                    facts["format"] = "model"
+        files = [p.relative_to(directory).as_posix() for p in sorted((directory / "tuned").rglob("*.safetensors"))]
+        facts["peak_memory"] = peak_memory()
+        return Outcome(findings, facts, files)
+
+
+def make_loop(
+    context: Context, loaded: Loaded, phase: Phase, *, directory: Path | None, phase_number: int = 1
+) -> Loop:
+    """Attach a phase's tuning to a freshly loaded model and set up its loop."""
+    recipe, seed = context.recipe, context.recipe.environment.seed + phase_number - 1
+    torch.manual_seed(seed)
+    tuned = phase.tuning.attach(loaded.model, Probe(loaded.topology, seed))  # type: ignore[attr-defined]
+    encoded = {name: Encodings(context.path("model") / name) for name in ("train", "validation")}
+    return Loop(
+        tuned,
+        phase.objective,  # type: ignore[arg-type]
+        phase.train,
+        encoded["train"],
+        encoded["validation"] if directory else None,
+        directory=directory,
+        seed=seed,
+        pad_id=pad_id(loaded),
+        packing=bool(context.facts("model").get("packing", False)),
+        device=recipe.environment.device,
+        trackers=recipe.environment.trackers if directory else (),
+    )
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a phase's metrics.jsonl."""
+    import json
+
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has held at a time: on the accelerator if there is one, else resident."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _judge(history: list[dict[str, Any]], number: int) -> list[Finding]:
+    """The loss must have fallen: the mean of the last tenth of the steps below that of the first tenth."""
+    losses = [record["loss"] for record in history]
+    tenth = max(1, len(losses) // 10)
+    if len(losses) < 2:
+        return []
+    first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
+    findings = []
+    if last >= first:
+        text = f"phase {number}: the loss did not fall ({first:.3f} to {last:.3f}); try another learning rate"
+        findings.append(Finding(level="error", code="tune.loss_did_not_fall", message=text, value=last, limit=first))
+    checks = [r["validation_loss"] for r in history if r.get("validation_loss") is not None]
+    if len(checks) >= 4 and checks[-1] > checks[-2] > checks[-3] > checks[-4]:
+        text = "the validation loss rose three times in a row: fewer epochs, or load_best_model_at_end: true"
+        findings.append(Finding(level="warn", code="tune.overfit", message=text, value=checks[-1], limit=min(checks)))
+    return findings
+
+
+def _fingerprint(parameters: Iterable[torch.Tensor]) -> str:
+    """A hash over tensors' bytes, in order."""
+    whole = xxhash.xxh3_128()
+    for parameter in parameters:
+        whole.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return whole.hexdigest()
