@@ -1,0 +1,192 @@
+"""The command line: one thin function per command; all work is done by the rooms below.
+
+Nothing heavy is imported until a command runs, so that `luthier --help` answers at once. Errors that Luthier raises on
+purpose become one line on standard error and their exit code; anything unforeseen is exit code 4, with the traceback
+only where LUTHIER_DEBUG=1 asks for it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from luthier.errors import InputError, LuthierError
+
+app = typer.Typer(
+    name="luthier",
+    help="Fine-tune a pre-trained model, compare it with its base, and hand it over with a report.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings to change, such as tune.rank=8.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Allow = Annotated[list[str] | None, typer.Option("--allow", help="Code of a finding that may not stop the run.")]
+Until = Annotated[str | None, typer.Option("--until", help="Last stage to run.")]
+Runs = Annotated[Path, typer.Option("--runs", help="Folder of the run folders.")]
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _show(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def _end(result: Any) -> None:
+    print(result.summary)
+    raise typer.Exit(result.exit_code)
+
+
+@app.command(epilog="Examples: luthier run quickstart --tiny | luthier run recipe.yaml tune.rank=8 --until evaluate")
+def run(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a packaged recipe.")],
+    overrides: Overrides = None,
+    tiny: Annotated[bool, typer.Option("--tiny", help="The packaged recipe's small form (half a minute).")] = False,
+    runs: Runs = Path("runs"),
+    until: Until = None,
+    allow: Allow = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
+) -> None:
+    """Run a recipe: data, model, environment, tune, evaluate, deploy, monitor, in a new run folder."""
+    from luthier.pipeline.run import run as work
+
+    name = f"{recipe}-tiny" if tiny else recipe
+    _end(work(name, overrides or [], runs=runs, until=until, allow=allow or [], progress=not quiet, say=_say))
+
+
+@app.command(epilog="Example: luthier resume runs/quickstart-1 --from evaluate")
+def resume(
+    folder: Annotated[Path, typer.Argument(help="The run folder.")],
+    from_stage: Annotated[str | None, typer.Option("--from", help="Run this stage and those after it again.")] = None,
+    until: Until = None,
+    allow: Allow = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
+) -> None:
+    """Go on with an interrupted run, to the result that it would have had."""
+    from luthier.pipeline.run import resume as work
+
+    _end(work(folder, from_stage=from_stage, until=until, allow=allow or [], progress=not quiet, say=_say))
+
+
+@app.command(epilog="Example: luthier plan recipe.yaml tune.method=full --json")
+def plan(recipe: str, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """What a run would do and cost, without doing it."""
+    from luthier.pipeline.plan import plan as work
+
+    found = work(recipe, overrides or [])
+    if as_json:
+        _show(found)
+        return
+    print(f"{found['name']}: {found['model']['base']}, {found['model']['parameters']:,} parameters")
+    rows = found["data"]["rows"]
+    print(f"  data      {', '.join(f'{n:,} {split}' for split, n in rows.items())} rows; {found['data']['tokens']:,} tokens")
+    for phase in found["tune"]:
+        memory = phase["memory_bytes"]["total"] / 2**30
+        print(
+            f"  tune      {phase['method']}, {phase['steps']:,} steps, {phase['tokens']:,} tokens, "
+            f"{phase['trainable_parameters']:,} parameters move, about {memory:.1f} GiB"
+        )
+    for task in found["evaluate"]:
+        print(f"  evaluate  {task['name']} ({task['method']}, {task['role']})")
+    for finding in found["findings"]:
+        print(f"  {finding['level']:<9} {finding['code']}: {finding['message']}")
+
+
+@app.command(epilog="Examples: luthier methods --room merge | luthier methods lora")
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One method: its settings and source.")] = None,
+    room: Annotated[str | None, typer.Option("--room", help="Only this room.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The catalogue: the methods that are here, and the 91 papers with their status."""
+    from luthier import methods as catalogue
+    from luthier.errors import did_you_mean
+
+    here = {n: r for r in catalogue.ROOMS for n in catalogue.table(r)}
+    papers = [p.model_dump() for p in catalogue.catalogue() if room in (None, p.room)]
+    if name in here:
+        kind = catalogue.find(here[name], name)
+        _show({"name": name, "room": here[name], "paper": kind.paper, "about": kind.__doc__, "settings": kind.model_json_schema()})
+        return
+    if name is not None:
+        papers = [p for p in papers if name in (p["name"], str(p["number"]))]
+        if not papers:
+            known = [*here, *(p.name for p in catalogue.catalogue())]
+            raise InputError(f"there is no method {name!r}", fix=did_you_mean(name, known))
+    rows = [{"name": n, "room": r, "paper": None, "status": "ready"} for n, r in here.items() if name is None and room in (None, r)]
+    rows += [{"paper": p.pop("number"), **p} for p in papers]
+    if as_json:
+        _show(rows)
+        return
+    for row in rows:
+        print(f"{row['paper'] or '-':>3}  {row['status']:<8} {row['room']:<11} {row['name']:<28} {row.get('title', '')}")
+
+
+@app.command(epilog="Example: luthier recipes --json")
+def recipes(as_json: AsJson = False) -> None:
+    """The recipes inside the package."""
+    from luthier.pipeline.recipe import packaged
+
+    texts = packaged()
+    if as_json:
+        _show([{"name": name, "yaml": text} for name, text in texts.items()])
+        return
+    for name, text in texts.items():
+        first = next((line.lstrip("# ") for line in text.splitlines() if line.startswith("#")), "")
+        print(f"{name:<20} {first}")
+
+
+@app.command(epilog="Example: luthier runs --json")
+def runs(folder: Runs = Path("runs"), as_json: AsJson = False) -> None:
+    """The runs in a folder, with their verdicts."""
+    found = []
+    for path in sorted(folder.glob("*/recipe.yaml")) if folder.is_dir() else []:
+        result = path.parent / "result.json"
+        ended = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {"exit_code": None}
+        verdict = ended.get("verdict", {}).get("line", "not finished; `luthier resume` goes on")
+        found.append({"folder": str(path.parent), "exit_code": ended["exit_code"], "verdict": verdict})
+    if as_json:
+        _show(found)
+        return
+    for row in found:
+        print(f"{row['folder']:<32} {'-' if row['exit_code'] is None else row['exit_code']}  {row['verdict']}")
+
+
+@app.command(epilog="Example: luthier schema --output recipe.schema.json")
+def schema(output: Annotated[Path | None, typer.Option("--output", help="File to write.")] = None) -> None:
+    """The JSON schema of a recipe, for editors."""
+    from luthier.pipeline.recipe import json_schema
+
+    if output is None:
+        _show(json_schema())
+    else:
+        output.write_text(json.dumps(json_schema(), indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Run the command line; turns errors into one line and an exit code."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        app()
+    except LuthierError as error:
+        print(f"luthier: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("luthier: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if os.environ.get("LUTHIER_DEBUG") == "1":
+            raise
+        text = str(error).strip().splitlines()
+        print(f"luthier: {type(error).__name__}: {text[0] if text else ''} (LUTHIER_DEBUG=1 shows where)", file=sys.stderr)
+        sys.exit(4)

@@ -1,0 +1,103 @@
+"""Stage 6, deploy: write the release, then load it from disk and prove that it is what was evaluated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from luthier.data.encode import prompt_ids
+from luthier.data.rows import Rows
+from luthier.models.files import write_aside
+from luthier.pipeline.card import model_card
+from luthier.pipeline.recipe import Recipe, dump_recipe
+from luthier.pipeline.release import probe_logits, prove_release, write_release
+from luthier.pipeline.stage import STAGES, Context, Outcome, Stage, read_manifest
+from luthier.pipeline.stages.evaluate import finished_evaluation, tuned_model
+from luthier.pipeline.stages.model import load_base
+
+PROBES = 8
+
+
+class DeployStage(Stage):
+    """Writes release/: a PEFT adapter, or a whole model where `merge` is set or the tuning moved base weights."""
+
+    name = "deploy"
+    needs = ("model", "tune", "evaluate")
+
+    def settings(self, recipe: Recipe) -> Any:
+        return {"deploy": recipe.deploy.model_dump(mode="json"), "name": recipe.name}
+
+    def run(self, context: Context, directory: Path) -> Outcome:
+        recipe = context.recipe
+        loaded = load_base(context)
+        model, _ = tuned_model(context, loaded)
+        model.eval()
+        rows = self._probe_rows(context)
+        probes = [prompt_ids(row, loaded.tokenizer, recipe.data) or [0] for row in rows]
+        reference = probe_logits(model, probes)  # before merging: of the model that was evaluated
+        adapter = hasattr(model, "peft_config") and not recipe.deploy.merge
+        if hasattr(model, "peft_config") and not adapter:
+            model = model.merge_and_unload(safe_merge=True)  # type: ignore[operator]
+        kind: Any = "adapter" if adapter else "model"
+        base = loaded.facts["folder"] if adapter else recipe.model.base
+        serve = {"base": str(base), "max_length": loaded.facts.get("context")}
+        with write_aside(directory / "release") as aside:
+            write_release(
+                model,
+                loaded.tokenizer,
+                aside,
+                kind=kind,
+                card=model_card(card_facts(context, kind, str(base))),
+                probe_prompts=probes,
+                serve=serve,
+            )
+        facts, findings = prove_release(
+            directory / "release",
+            load_base=(lambda: load_base(context).model) if adapter else None,
+            reference_logits=reference,
+            prompts=probes,
+            prompt_rows=rows,
+            settings=recipe.data,
+        )
+        files = [p.relative_to(directory).as_posix() for p in sorted((directory / "release").glob("*.safetensors"))]
+        return Outcome(findings, facts | {"release": "release", "kind": kind}, files)
+
+    def _probe_rows(self, context: Context) -> list[Any]:
+        """A few rows to hold the release against: held-out ones if there are any."""
+        found: list[Any] = []
+        for split in ("test", "validation", "train"):
+            rows = Rows(context.path("data") / f"{split}.jsonl")
+            found += [rows[i] for i in range(min(PROBES - len(found), len(rows)))]
+        return found[:PROBES]
+
+
+def card_facts(context: Context, kind: str, base: str) -> dict[str, Any]:
+    """What the model card is filled from: the run's own manifests."""
+    recipe, evaluated = context.recipe, finished_evaluation(context)
+    model, tune = context.facts("model")["model"], context.facts("tune")
+    card = context.facts("data")["card"]
+    phases = tune["phases"]
+    findings = [f for s in STAGES if (m := read_manifest(context.path(s))) for f in m.findings]
+    return {
+        "name": recipe.name,
+        "base": base,
+        "kind": kind,
+        "license": model.get("licence"),
+        "parameters": model.get("parameters"),
+        "max_length": model.get("context"),
+        "data": {k: v for k, v in card.items() if isinstance(v, str | int | float)},
+        "tuning": {
+            "method": ", then ".join(p["method"] for p in phases),
+            "objective": ", then ".join(p["objective"] for p in phases),
+            "steps": sum(p["steps"] for p in phases),
+            "tokens seen": sum(p["tokens"] for p in phases),
+            "parameters that moved": phases[-1]["trainable"],
+        },
+        "results": evaluated["tasks"],
+        "findings": [f.model_dump() for f in findings if f.level != "info"],
+        "reproduce": {
+            "command": "luthier run recipe.yaml",
+            "recipe_yaml": dump_recipe(recipe),
+            "versions": context.facts("environment").get("versions", {}),
+        },
+    }
