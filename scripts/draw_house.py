@@ -21,7 +21,7 @@ PICTURE = ROOT / "docs" / "images" / "house.svg"
 FONT = 'font-family="system-ui, sans-serif" font-size="14"'
 WIDTH, ROOM_HEIGHT, GAP, LEFT = 880, 46, 10, 10
 WORK = {
-    "cli": "one file per command, thin",
+    "cli": "one thin function per command",
     "pipeline": "seven stages, the run folder, resume",
     "worlds": "small exact worlds with graders",
     "evaluate": "tasks, statistics, gates",

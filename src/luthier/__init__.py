@@ -30,7 +30,20 @@ _WHERE = {
     "CrashError": "luthier.errors",
 }
 
-__all__ = ["__version__", *_WHERE]
+__all__ = [
+    "CrashError",
+    "Finding",
+    "GateError",
+    "InputError",
+    "LuthierError",
+    "Method",
+    "Recipe",
+    "__version__",
+    "plan",
+    "resume",
+    "run",
+    "tune",
+]
 
 if TYPE_CHECKING:
     from luthier.errors import CrashError, GateError, InputError, LuthierError

@@ -26,7 +26,19 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, Wit
 from luthier.errors import InputError, did_you_mean
 
 # Rooms that hold methods, in the order of a run. Rooms that are not built yet have no folder and no methods.
-ROOMS = ("data", "tune", "objectives", "rollout", "train", "merge", "decode", "evaluate", "analyze", "federate", "serve")
+ROOMS = (
+    "data",
+    "tune",
+    "objectives",
+    "rollout",
+    "train",
+    "merge",
+    "decode",
+    "evaluate",
+    "analyze",
+    "federate",
+    "serve",
+)
 
 
 class Method(BaseModel):

@@ -40,7 +40,7 @@ def test_a_recipe_of_the_docs_is_valid(text: str) -> None:
         pytest.skip("the pipeline is not built")
     from luthier.pipeline.recipe import Recipe
 
-    smallest = {"name": "example", "data": {"source": "rows.jsonl"}, "model": {"base": "base"}}
+    smallest = {"name": "example", "data": {"source": "rows.jsonl"}, "model": {"base": "base"}, "tune": "lora"}
     Recipe.model_validate({**smallest, **given})
 
 
@@ -60,6 +60,7 @@ def public(module: str, name: str) -> Any:
     where = getattr(found, "_WHERE", {}).get(name, module)
     if found is None or not is_built(where):
         pytest.skip(f"{where} is in a room that is not built")
+    assert name in getattr(found, "__all__", [name]), f"{name} is no public name of {module}"
     assert hasattr(found, name), f"{module} has no {name}"
     return getattr(found, name)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -87,7 +88,8 @@ def plan(recipe: str, overrides: Overrides = None, as_json: AsJson = False) -> N
         return
     print(f"{found['name']}: {found['model']['base']}, {found['model']['parameters']:,} parameters")
     rows = found["data"]["rows"]
-    print(f"  data      {', '.join(f'{n:,} {split}' for split, n in rows.items())} rows; {found['data']['tokens']:,} tokens")
+    counts = ", ".join(f"{n:,} {split}" for split, n in rows.items())
+    print(f"  data      {counts} rows; {found['data']['tokens']:,} tokens")
     for phase in found["tune"]:
         memory = phase["memory_bytes"]["total"] / 2**30
         print(
@@ -114,20 +116,34 @@ def methods(
     papers = [p.model_dump() for p in catalogue.catalogue() if room in (None, p.room)]
     if name in here:
         kind = catalogue.find(here[name], name)
-        _show({"name": name, "room": here[name], "paper": kind.paper, "about": kind.__doc__, "settings": kind.model_json_schema()})
+        _show(
+            {
+                "name": name,
+                "room": here[name],
+                "paper": kind.paper,
+                "about": kind.__doc__,
+                "settings": kind.model_json_schema(),
+            }
+        )
         return
     if name is not None:
         papers = [p for p in papers if name in (p["name"], str(p["number"]))]
         if not papers:
             known = [*here, *(p.name for p in catalogue.catalogue())]
             raise InputError(f"there is no method {name!r}", fix=did_you_mean(name, known))
-    rows = [{"name": n, "room": r, "paper": None, "status": "ready"} for n, r in here.items() if name is None and room in (None, r)]
+    rows = [
+        {"name": n, "room": r, "paper": None, "status": "ready"}
+        for n, r in here.items()
+        if name is None and room in (None, r)
+    ]
     rows += [{"paper": p.pop("number"), **p} for p in papers]
     if as_json:
         _show(rows)
         return
     for row in rows:
-        print(f"{row['paper'] or '-':>3}  {row['status']:<8} {row['room']:<11} {row['name']:<28} {row.get('title', '')}")
+        print(
+            f"{row['paper'] or '-':>3}  {row['status']:<8} {row['room']:<11} {row['name']:<28} {row.get('title', '')}"
+        )
 
 
 @app.command(epilog="Example: luthier recipes --json")
@@ -150,8 +166,10 @@ def runs(folder: Runs = Path("runs"), as_json: AsJson = False) -> None:
     found = []
     for path in sorted(folder.glob("*/recipe.yaml")) if folder.is_dir() else []:
         result = path.parent / "result.json"
-        ended = json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {"exit_code": None}
-        verdict = ended.get("verdict", {}).get("line", "not finished; `luthier resume` goes on")
+        ended: dict[str, Any] = (
+            json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {"exit_code": None}
+        )
+        verdict = (ended.get("verdict") or {}).get("line", "not finished; `luthier resume` goes on")
         found.append({"folder": str(path.parent), "exit_code": ended["exit_code"], "verdict": verdict})
     if as_json:
         _show(found)
@@ -176,6 +194,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         app()
     except LuthierError as error:
@@ -188,5 +207,7 @@ def main() -> None:
         if os.environ.get("LUTHIER_DEBUG") == "1":
             raise
         text = str(error).strip().splitlines()
-        print(f"luthier: {type(error).__name__}: {text[0] if text else ''} (LUTHIER_DEBUG=1 shows where)", file=sys.stderr)
+        print(
+            f"luthier: {type(error).__name__}: {text[0] if text else ''} (LUTHIER_DEBUG=1 shows where)", file=sys.stderr
+        )
         sys.exit(4)

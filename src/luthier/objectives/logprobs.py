@@ -140,9 +140,9 @@ def _head(model: nn.Module) -> nn.Module:
 
 
 def _width(head: nn.Module) -> int:
-    weight = getattr(head, "weight", None)
+    weight: Any = getattr(head, "weight", None)
     if weight is None and hasattr(head, "get_base_layer"):
-        weight = head.get_base_layer().weight
+        weight = head.get_base_layer().weight  # type: ignore[operator]
     return int(weight.shape[0]) if weight is not None else 50_000
 
 
@@ -200,6 +200,8 @@ def _candidates(model: nn.Module) -> Iterator[After]:
     values = config.get_text_config().to_dict().values() if config is not None else ()
     numbers = sorted({float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool) and v > 0})
     for number in numbers:
-        yield lambda z, c=number: z * c
-        yield lambda z, c=number: z / c
-        yield lambda z, c=number: torch.tanh(z / c) * c
+        yield from _functions(number)
+
+
+def _functions(number: float) -> tuple[After, After, After]:
+    return (lambda z: z * number), (lambda z: z / number), (lambda z: torch.tanh(z / number) * number)

@@ -129,7 +129,8 @@ def _table(results: Iterable[Mapping[str, Any]]) -> str:
     rows = [_row(part) for part in results]
     if not rows:
         return f"The results were {NOT_MEASURED}."
-    head = "| Task | Role | Items | Base | Tuned | Change (95% interval) | Unit |\n| --- | --- | ---: | ---: | ---: | ---: | --- |"
+    head = "| Task | Role | Items | Base | Tuned | Change (95% interval) | Unit |\n"
+    head += "| --- | --- | ---: | ---: | ---: | ---: | --- |"
     return "\n".join([head, *rows])
 
 

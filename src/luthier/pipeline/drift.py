@@ -22,6 +22,7 @@ hundred times, and a window with fewer requests than `min_requests` is held agai
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import warnings
@@ -84,7 +85,7 @@ def decile_edges(reference: Sequence[float]) -> list[float]:
 def psi(reference: Sequence[float], current: Sequence[float], bins: Sequence[float] | None = None) -> float:
     """PSI of two windows of numbers over `bins` (ascending inner edges; default `decile_edges(reference)`)."""
     edges = decile_edges(reference) if bins is None else list(bins)
-    if any(not a < b for a, b in zip(edges, edges[1:], strict=False)):
+    if any(not a < b for a, b in itertools.pairwise(edges)):
         raise InputError(f"the edges of the bins must ascend, got {edges}")
     return psi_shares(_counts(reference, edges), _counts(current, edges))
 
@@ -275,7 +276,7 @@ def drift(
     report: dict[str, Any] = {
         "reference": sizes[0],
         "requests": sizes[1],
-        "psi": {"length": psi(*lengths, bins=edges), "topics": psi_shares(before, after)},
+        "psi": {"length": psi(lengths[0], lengths[1], bins=edges), "topics": psi_shares(before, after)},
         "by_chance": {"length": chance(len(edges) + 1, *sizes), "topics": chance(len(before), *sizes)},
         "limits": {"warn": warn, "error": error, "min_requests": min_requests, "max_errors": max_errors},
         "length": {

@@ -116,8 +116,10 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequ
         source = yaml.safe_load(dump_recipe(source))
     if isinstance(source, Mapping):
         name, text = "recipe", yaml.safe_dump(dict(source), sort_keys=False)
-    else:
+    elif isinstance(source, str | Path):
         name, text = _read(source)
+    else:
+        raise InputError(f"a recipe is a path, a name or a mapping, got {type(source).__name__}")
     value, lines = _parse(text, name)
     for override in overrides:
         _override(value, override)
@@ -277,5 +279,3 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
     elif typing.get_origin(annotation) is not None or isinstance(annotation, types.UnionType):
         for part in typing.get_args(annotation):
             yield from _models(part)
-
-

@@ -132,7 +132,9 @@ def _drive(context: Context, *, until: str | None, allow: Sequence[str]) -> RunR
         findings += manifest.findings
         for finding in manifest.findings:
             if finding.level != "info":
-                context.say(f"  {finding.level}{' (allowed)' if finding.waived else ''} {finding.code}: {finding.message}")
+                context.say(
+                    f"  {finding.level}{' (allowed)' if finding.waived else ''} {finding.code}: {finding.message}"
+                )
         if any(f.level == "error" and not f.waived for f in manifest.findings):
             code = 3
             break
@@ -147,7 +149,9 @@ def _stage(context: Context, stage: Stage, allow: Sequence[str]) -> Manifest:
     directory = context.path(stage.name)
     needed = [context.manifest(name) for name in stage.needs]
     # Outputs of evaluate decide nothing that follows by their bytes alone, so only what a stage names is hashed.
-    inputs = digest([[m.outputs, m.facts.get("format")] if m else None for m in needed] + [stage.sources(context.recipe)])
+    inputs = digest(
+        [[m.outputs, m.facts.get("format")] if m else None for m in needed] + [stage.sources(context.recipe)]
+    )
     key = inputs, digest(stage.settings(context.recipe)), code_version()
     done = read_manifest(directory)
     if done and done.key == key:
@@ -253,7 +257,9 @@ def _new_folder(runs: Path, name: str) -> Path:
         except FileExistsError:
             continue
         except OSError as error:
-            raise InputError(f"cannot be made: {error.strerror}", where=str(folder), fix="choose another --runs") from None
+            raise InputError(
+                f"cannot be made: {error.strerror}", where=str(folder), fix="choose another --runs"
+            ) from None
         return folder
 
 

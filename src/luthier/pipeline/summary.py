@@ -44,11 +44,15 @@ def verdict(context: Context, findings: list[Finding], code: int) -> dict[str, s
     note = f" Allowed although an error: {', '.join(waived)}." if waived else ""
     if not evaluated:
         last = [stage for stage in STAGES if context.manifest(stage)]
-        return {"level": "ok", "line": f"Done up to stage {last[-1]}; nothing was evaluated.{note}" if last else "Nothing ran."}
+        return {
+            "level": "ok",
+            "line": f"Done up to stage {last[-1]}; nothing was evaluated.{note}" if last else "Nothing ran.",
+        }
     targets = [t for t in evaluated["tasks"] if t["role"] == "target"]
     if targets:
         t = targets[0]
-        line = f"{t['name']}: {t['base']:.1f} to {t['tuned']:.1f} points ({t['gain']:+.1f}, 95% interval {t['low']:+.1f} to {t['high']:+.1f})."
+        gain = f"{t['gain']:+.1f}, 95% interval {t['low']:+.1f} to {t['high']:+.1f}"
+        line = f"{t['name']}: {t['base']:.1f} to {t['tuned']:.1f} points ({gain})."
     else:
         line = "No target task was evaluated."
     lost = [t for t in evaluated["tasks"] if t["role"] == "forgetting"]
@@ -78,7 +82,9 @@ def build_report(context: Context, findings: list[Finding], code: int, seconds: 
     }
     if model:
         facts = model["model"]
-        report["model"] = {k: facts.get(k) for k in ("base", "architecture", "parameters", "dtype", "licence", "context")}
+        report["model"] = {
+            k: facts.get(k) for k in ("base", "architecture", "parameters", "dtype", "licence", "context")
+        }
     if data:
         report["data"] = {k: v for k, v in data["card"].items() if isinstance(v, str | int | float)}
     if evaluated:
@@ -126,5 +132,10 @@ def _gather_metrics(context: Context) -> None:
 
 def _curves(context: Context) -> dict[str, Any]:
     lines = _metric_lines(context)
-    keys = {"train": "loss", "validation": "validation_loss", "learning_rate": "learning_rate", "grad_norm": "grad_norm"}
+    keys = {
+        "train": "loss",
+        "validation": "validation_loss",
+        "learning_rate": "learning_rate",
+        "grad_norm": "grad_norm",
+    }
     return {name: [[r["step"], r[key]] for r in lines if r.get(key) is not None] for name, key in keys.items()}

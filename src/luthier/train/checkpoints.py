@@ -3,7 +3,7 @@
     checkpoints/step-00000040/
         weights.safetensors       what training changed (the tuning's `state_dict`)
         optimizer.safetensors     moments and counts, named `<index of the parameter>.<name>`
-        state.json                step, schedule, early stopping, random states, the tuning's own state, sha256 of the two
+        state.json                step, schedule, early stopping, random states, the tuning's own, sha256 of the two
 
 A checkpoint is written aside, flushed to the disk and renamed, so one under its final name is always whole; an older
 one is removed only after that. Together with the batches, which are a pure function of (seed, epoch, step), it makes
@@ -65,7 +65,7 @@ class Checkpoints:
             shutil.rmtree(aside, ignore_errors=True)
             reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
             raise CrashError(
-                f"{self.directory}: could not write the checkpoint after step {step}: {reason}; earlier checkpoints are whole."
+                f"{self.directory}: could not write the checkpoint after step {step}: {reason}; earlier ones are whole."
             ) from error
         for old in self.steps()[: -self.keep]:
             shutil.rmtree(self.path(old), ignore_errors=True)
@@ -125,7 +125,9 @@ def _flat_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
         for key, value in entries.items():
             (tensors if isinstance(value, Tensor) else values)[f"{index}.{key}"] = value
     groups = [{k: v for k, v in group.items() if k != "params"} for group in whole["param_groups"]]
-    plain = [{k: v for k, v in g.items() if v is None or isinstance(v, str | int | float | bool | tuple)} for g in groups]
+    plain = [
+        {k: v for k, v in g.items() if v is None or isinstance(v, str | int | float | bool | tuple)} for g in groups
+    ]
     return tensors, {"values": values, "groups": plain}
 
 

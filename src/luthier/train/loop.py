@@ -109,6 +109,8 @@ class Loop:
     ):
         if len(train) == 0:
             raise InputError("there is no training example", where="data", fix="look at the findings of the data stage")
+        if directory:
+            directory.mkdir(parents=True, exist_ok=True)
         self.tuned, self.objective, self.settings = tuned, objective, settings
         self.train, self.validation = train, validation
         self.directory, self.seed, self.pad_id, self.packing = directory, seed, pad_id, packing
@@ -122,7 +124,9 @@ class Loop:
         if trackers:
             self.accelerator.init_trackers("luthier", config=settings.model_dump(mode="json"))
         if settings.gradient_checkpointing:
-            tuned.base_model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+            base: Any = tuned.base_model
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+            base.enable_input_require_grads()
         self.steps_per_epoch = math.ceil(len(train) / settings.effective_batch_size)
         self.total = settings.max_steps or max(1, math.ceil(settings.num_train_epochs * self.steps_per_epoch))
         self.learning_rate = settings.learning_rate or tuned.settings.default_learning_rate
@@ -196,13 +200,19 @@ class Loop:
         began = time.perf_counter()
         rank = self.accelerator.process_index
         batches = [self._collate(indices) for indices in step[rank]]
-        tokens, rows = (sum(int(self.train.lengths[i]) for r in step for b in r for i in b), sum(len(b) for r in step for b in r))
+        tokens, rows = (
+            sum(int(self.train.lengths[i]) for r in step for b in r for i in b),
+            sum(len(b) for r in step for b in r),
+        )
         units = self._over_devices(sum(self.objective.units(b) for b in batches))
         if units == 0:
-            raise InputError("no token of this step carries a label", where=f"step {self.done + 1}", fix="look at the loss mask")
+            raise InputError(
+                "no token of this step carries a label", where=f"step {self.done + 1}", fix="look at the loss mask"
+            )
         rate = float(self.schedule.get_last_lr()[0])
         self.tuned.on_step_begin(self.done)
-        total, sums = 0.0, {}
+        total = 0.0
+        sums: dict[str, tuple[float, float]] = {}
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
@@ -219,7 +229,9 @@ class Loop:
         norm = float(self.accelerator.clip_grad_norm_(self.tuned.moving().values(), self.settings.max_grad_norm))
         skippable = self.settings.mixed_precision == "fp16"  # the scaler itself skips steps that overflow
         if not math.isfinite(mean) or (not math.isfinite(norm) and not skippable):
-            raise NotFinite(f"the loss is {mean} and the gradient norm {norm} at step {self.done + 1}; try a lower learning rate.")
+            raise NotFinite(
+                f"the loss is {mean} and the gradient norm {norm} at step {self.done + 1}; try a lower learning rate."
+            )
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -227,9 +239,7 @@ class Loop:
         self.done += 1
         metrics = {name: value / weight for name, (value, weight) in sums.items() if weight}
         validation = self._validate() if self._due(self.settings.eval_steps or self.steps_per_epoch) else None
-        record = StepRecord(
-            self.done, mean, rate, norm, tokens, rows, time.perf_counter() - began, metrics, validation
-        )
+        record = StepRecord(self.done, mean, rate, norm, tokens, rows, time.perf_counter() - began, metrics, validation)
         self._keep(record)
         return record
 
@@ -304,11 +314,14 @@ class Loop:
                 self.checkpoints.save(self.done, self.tuned.state_dict(), _inner(self.optimizer), self._state())
             self.accelerator.wait_for_everyone()
         if leaving and self.done < self.total:
-            raise Interrupted(f"stopped by {self._stop} after step {self.done} of {self.total}; a checkpoint was written.")
+            raise Interrupted(
+                f"stopped by {self._stop} after step {self.done} of {self.total}; a checkpoint was written."
+            )
 
     def _state(self) -> dict[str, Any]:
         return {
-            "schedule": {k: v for k, v in self.schedule.state_dict().items() if k != "lr_lambdas"} | {"lr_lambdas": [None] * len(_inner(self.optimizer).param_groups)},
+            "schedule": {k: v for k, v in self.schedule.state_dict().items() if k != "lr_lambdas"}
+            | {"lr_lambdas": [None] * len(_inner(self.optimizer).param_groups)},
             "tuning": self.tuned.extra_state(),
             "best": self.best,
             "since_best": self.since_best,
@@ -319,14 +332,14 @@ class Loop:
     def _signals(self) -> Iterator[None]:
         """The first SIGINT or SIGTERM finishes the step, saves and leaves; a second one is taken at its word."""
 
-        def note(number: int, frame: Any) -> None:
-            self._stop = signal.Signals(number).name
-            signal.signal(number, before[number])
+        def note(code: int, frame: Any) -> None:
+            self._stop = signal.Signals(code).name
+            signal.signal(code, before[code])
 
         before: dict[int, Any] = {}
         with contextlib.suppress(ValueError):  # not in the main thread: signals are somebody else's
-            for number in (signal.SIGINT, signal.SIGTERM):
-                before[number] = signal.signal(number, note)
+            for kind in (signal.SIGINT, signal.SIGTERM):
+                before[int(kind)] = signal.signal(kind, note)
         try:
             yield
         finally:

@@ -100,6 +100,7 @@ class Lora(Tuning):
                 adapted = get_peft_model(model, config)  # type: ignore[arg-type]
         except (TypeError, ValueError) as error:
             raise InputError(f"PEFT refuses these options: {error}", where="tune") from error
+        _refuse_skipped(config.target_modules, adapted)
         return LoraTuned(self, adapted, model)
 
     def _targets(self, model: nn.Module, probe: Probe) -> list[str] | str:
@@ -139,6 +140,17 @@ class LoraTuned(Tuned):
 
     def merged(self) -> nn.Module:
         return self.model.merge_and_unload(safe_merge=True).requires_grad_(False)  # type: ignore[operator]
+
+
+def _refuse_skipped(asked: Any, adapted: Any) -> None:
+    """PEFT leaves out some names without a word (dense linears beside fused experts); we do not."""
+    if not isinstance(asked, set | list | tuple):
+        return
+    got = adapted.base_model.targeted_module_names
+    left = sorted(t for t in asked if not any(name == t or name.endswith(f".{t}") for name in got))
+    if left:
+        shown = ", ".join(left[:4]) + (f" and {len(left) - 4} more" if len(left) > 4 else "")
+        raise InputError(f"PEFT leaves out {shown} of this model", where="tune.targets", fix="try targets: attention")
 
 
 def _task_type(model: nn.Module) -> str | None:

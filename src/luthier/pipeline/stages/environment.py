@@ -1,4 +1,4 @@
-"""Stage 3, environment: what the machine is, whether the job fits it, and a dry run of two steps before the long one."""
+"""Stage 3, environment: what the machine is, whether the job fits it, and a dry run of two steps."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ class EnvironmentStage(Stage):
         facts: dict[str, Any] = {"steps": loop.total}
         if loop.total < 20:
             text = f"the first phase has {loop.total} steps; below 20 little is learnt: more epochs or a smaller batch"
-            findings.append(Finding(level="warn", code="environment.few_steps", message=text, value=loop.total, limit=20))
+            findings.append(
+                Finding(level="warn", code="environment.few_steps", message=text, value=loop.total, limit=20)
+            )
         findings += self._memory(context, loaded, loop)
         if any(f.level == "error" for f in findings):
             return findings, facts
@@ -82,7 +84,11 @@ class EnvironmentStage(Stage):
         longest = int(max(loop.train.lengths))
         length = max(longest, train.max_tokens_per_device)
         need = estimate(
-            counts, rows=1, length=length, mixed=train.mixed_precision != "no", checkpointing=train.gradient_checkpointing
+            counts,
+            rows=1,
+            length=length,
+            mixed=train.mixed_precision != "no",
+            checkpointing=train.gradient_checkpointing,
         ).total
         have = available_memory(loop.accelerator.device)
         text = f"training needs about {need / 2**30:.1f} GiB, the machine has {have / 2**30:.1f} GiB free"

@@ -28,7 +28,9 @@ class ModelStage(Stage):
     needs = ("data",)
 
     def settings(self, recipe: Recipe) -> Any:
-        encoding = recipe.data.model_dump(mode="json", include={"template", "system", "loss_on", "max_length", "too_long", "packing"})
+        encoding = recipe.data.model_dump(
+            mode="json", include={"template", "system", "loss_on", "max_length", "too_long", "packing"}
+        )
         return {"model": recipe.model.model_dump(mode="json"), "encoding": encoding, "seed": recipe.environment.seed}
 
     def run(self, context: Context, directory: Path) -> Outcome:
@@ -43,7 +45,8 @@ class ModelStage(Stage):
         findings = [_known(f) for f in check(loaded)]
         if any(f.level == "error" for f in findings):
             return Outcome(findings, {"model": loaded.facts})
-        encoded, limit = {}, recipe.data.max_length
+        encoded = {}
+        limit: Any = recipe.data.max_length
         for split in SPLITS:
             rows = Rows(context.path("data") / f"{split}.jsonl")
             encoded[split] = encode_split(
@@ -99,7 +102,10 @@ def _sane(loaded: Loaded, train: Encodings) -> list[Finding]:
         text = "the base gives probabilities that are not finite; its weights or its dtype are at fault"
         findings.append(Finding(level="error", code="model.not_finite", message=text))
     elif len(scores):
-        loss, limit = -float(scores.mean()), math.log(loaded.facts.get("vocabulary") or loaded.facts["embedding_rows"]) + 1
+        loss, limit = (
+            -float(scores.mean()),
+            math.log(loaded.facts.get("vocabulary") or loaded.facts["embedding_rows"]) + 1,
+        )
         text = f"the base starts at a loss of {loss:.2f} nats per token"
         level = "warn" if loss > limit else "info"
         findings.append(Finding(level=level, code="model.initial_loss", message=text, value=loss, limit=limit))  # type: ignore[arg-type]

@@ -33,7 +33,9 @@ class MonitorStage(Stage):
     def run(self, context: Context, directory: Path) -> Outcome:
         settings = context.recipe.monitor
         requests = read_log(Path(settings.log or ""))[-settings.window :]
-        reference = [prompt_text(row) or str(row.get("text", "")) for row in Rows(context.path("data") / "validation.jsonl")]
+        reference = [
+            prompt_text(row) or str(row.get("text", "")) for row in Rows(context.path("data") / "validation.jsonl")
+        ]
         report, findings = drift(
             reference, requests, warn=settings.psi_warn, error=settings.psi_error, min_requests=settings.min_requests
         )

@@ -1,4 +1,4 @@
-"""Stage 4, tune: the phases one after the other, each from where the one before ended, and what may not have happened."""
+"""Stage 4, tune: the phases one after the other, each from where the one before ended."""
 
 from __future__ import annotations
 
@@ -65,7 +65,10 @@ class TuneStage(Stage):
                 findings.append(Finding(level="info", code="tune.stopped_early", message=text, value=loop.done))
             phase_facts = {"method": phase.tuning.method, "objective": phase.objective.method, "steps": loop.done}
             phase_facts |= {"trainable": moving, "parameters": whole, "seconds": time.perf_counter() - began}
-            phase_facts |= {"tokens": sum(r["tokens"] for r in history), "train_seconds": sum(r["seconds"] for r in history)}
+            phase_facts |= {
+                "tokens": sum(r["tokens"] for r in history),
+                "train_seconds": sum(r["seconds"] for r in history),
+            }
             facts["phases"].append(phase_facts)
             if last and len(recipe.tune) == 1:
                 with write_aside(directory / "tuned") as aside:
@@ -82,9 +85,7 @@ class TuneStage(Stage):
         return Outcome(findings, facts, files)
 
 
-def make_loop(
-    context: Context, loaded: Loaded, phase: Phase, *, directory: Path | None, phase_number: int = 1
-) -> Loop:
+def make_loop(context: Context, loaded: Loaded, phase: Phase, *, directory: Path | None, phase_number: int = 1) -> Loop:
     """Attach a phase's tuning to a freshly loaded model and set up its loop."""
     recipe, seed = context.recipe, context.recipe.environment.seed + phase_number - 1
     torch.manual_seed(seed)
@@ -143,5 +144,5 @@ def _fingerprint(parameters: Iterable[torch.Tensor]) -> str:
     """A hash over tensors' bytes, in order."""
     whole = xxhash.xxh3_128()
     for parameter in parameters:
-        whole.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        whole.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return whole.hexdigest()

@@ -1,0 +1,196 @@
+"""The whole pipeline on the shipped tiny model: all seven stages, skipping, resuming, and six sabotages."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from luthier.errors import InputError
+from luthier.pipeline.run import resume, run
+from luthier.pipeline.stage import STAGES, read_manifest
+
+HERE = dict(progress=False)
+
+
+def codes(result, level="error"):
+    return [f.code for f in result.findings if f.level == level]
+
+
+def manifests(folder):
+    return {s: m for n, s in enumerate(STAGES, 1) if (m := read_manifest(folder / f"{n}-{s}"))}
+
+
+def request_log(path, texts):
+    path.write_text("".join(json.dumps({"prompt": t, "response": "ok"}) + "\n" for t in texts), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    from importlib import util
+
+    spec = util.spec_from_file_location("recipes_of_this_folder", Path(__file__).with_name("conftest.py"))
+    module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    runs = tmp_path_factory.mktemp("runs")
+    return module.RECIPE, run(module.RECIPE, runs=runs, **HERE)
+
+
+def test_a_run_learns_and_is_released(finished):
+    _, result = finished
+    assert result.exit_code == 0, result.summary
+    assert set(manifests(result.folder)) == set(STAGES) - {"monitor"}
+    tasks = {t["name"]: t for t in manifests(result.folder)["evaluate"].facts["tasks"]}
+    assert tasks["swap"]["low"] > 0
+    assert (result.folder / "report.html").is_file() and (result.folder / "report.md").is_file()
+    assert len((result.folder / "metrics.jsonl").read_text().splitlines()) > 10
+    facts = manifests(result.folder)["deploy"].facts
+    assert facts["prompts_identical"] and facts["logits_max_difference"] < 1e-3
+
+
+def test_the_same_recipe_gives_the_same_manifests(finished, tmp_path):
+    recipe, first = finished
+    second = run(recipe, runs=tmp_path, **HERE)
+    a, b = manifests(first.folder), manifests(second.folder)
+    for stage in set(STAGES) - {"monitor"}:
+        assert (a[stage].key, a[stage].outputs) == (b[stage].key, b[stage].outputs), stage
+
+
+def test_one_changed_key_runs_only_what_depends_on_it(finished):
+    recipe, first = finished
+    second = run(recipe, ["evaluate.resamples=1500"], runs=first.folder.parent, **HERE)
+    reused = {stage for stage, m in manifests(second.folder).items() if m.reused_from}
+    assert second.folder != first.folder and second.exit_code == 0
+    assert {"model", "environment", "tune"} <= reused and "evaluate" not in reused
+
+
+def test_resume_after_a_cut_equals_the_uninterrupted_run(finished, tmp_path):
+    recipe, first = finished
+    copy = tmp_path / first.folder.name
+    shutil.copytree(first.folder, copy)
+    tune = copy / "4-tune"
+    (tune / "manifest.json").unlink()
+    shutil.rmtree(tune / "tuned")
+    for later in ("5-evaluate", "6-deploy"):
+        shutil.rmtree(copy / later)
+    steps = sorted((tune / "phase-1" / "checkpoints").glob("step-*"))
+    assert len(steps) >= 2
+    shutil.rmtree(steps[-1])
+    again = resume(copy, **HERE)
+    assert again.exit_code == 0
+    assert manifests(copy)["tune"].outputs == manifests(first.folder)["tune"].outputs
+
+
+def test_until_stops_and_merge_releases_a_model(finished):
+    recipe, first = finished
+    result = run(recipe, runs=first.folder.parent, until="environment", **HERE)
+    assert list(manifests(result.folder)) == ["data", "model", "environment"]
+    merged = run(recipe, ["deploy.merge=true"], runs=first.folder.parent, **HERE)
+    assert merged.exit_code == 0 and manifests(merged.folder)["deploy"].facts["kind"] == "model"
+
+
+def test_phases_follow_each_other(recipe, tmp_path):
+    phase = recipe["tune"]
+    recipe["tune"] = [phase, {"method": "full", "train": {**phase["train"], "learning_rate": 1e-4, "max_steps": 6}}]
+    result = run(recipe, runs=tmp_path, until="evaluate", **HERE)
+    assert result.exit_code == 0, result.summary
+    facts = manifests(result.folder)["tune"].facts
+    assert [p["method"] for p in facts["phases"]] == ["lora", "full"] and facts["format"] == "model"
+
+
+def test_no_forgetting_check_is_said_first(recipe, tmp_path):
+    recipe["evaluate"]["tasks"].pop()
+    result = run(recipe, runs=tmp_path, **HERE)
+    assert result.summary.startswith("No forgetting check was made")
+    assert "evaluate.no_forgetting_check" in codes(result, "warn")
+
+
+# The six sabotages
+
+
+def test_sabotage_a_test_row_in_train(recipe, rows_file, tmp_path):
+    train = rows_file()
+    first = json.loads(train.read_text().splitlines()[0])
+    first["messages"][0]["content"] = "  " + first["messages"][0]["content"].upper()
+    held_out = tmp_path / "test.jsonl"
+    held_out.write_text(json.dumps(first) + "\n", encoding="utf-8")
+    recipe["data"] = {"source": str(train), "test_source": str(held_out)}
+    result = run(recipe, runs=tmp_path / "runs", **HERE)
+    assert result.exit_code == 3 and "data.split_overlap" in codes(result)
+    assert list(manifests(result.folder)) == ["data"]
+    allowed = resume(result.folder, allow=["data.split_overlap"], until="data", **HERE)
+    assert allowed.exit_code == 0 and manifests(result.folder)["data"].findings[0].waived
+
+
+def test_sabotage_no_loss_tokens(recipe, rows_file, tmp_path):
+    template = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    template += "{% if false %}{% generation %}{% endgeneration %}{% endif %}"
+    (tmp_path / "template.jinja").write_text(template, encoding="utf-8")
+    recipe["model"]["chat_template"] = str(tmp_path / "template.jinja")
+    result = run(recipe, runs=tmp_path / "runs", **HERE)
+    assert result.exit_code == 3 and "data.no_loss_tokens" in codes(result)
+    assert list(manifests(result.folder)) == ["data", "model"]
+
+
+def test_sabotage_vocabulary(recipe, tmp_path):
+    from transformers import AutoTokenizer
+
+    from luthier.worlds.tiny import folder
+
+    tokenizer = AutoTokenizer.from_pretrained(folder())
+    tokenizer.add_tokens([f"<new-{i}>" for i in range(8)])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    recipe["model"]["tokenizer"] = str(tmp_path / "tokenizer")
+    result = run(recipe, runs=tmp_path / "runs", **HERE)
+    assert result.exit_code == 3 and codes(result) == ["model.vocabulary"]
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adamw_torch"])
+def test_sabotage_learning_rate(recipe, tmp_path, optim):
+    train = recipe["tune"]["train"] | {"learning_rate": 10.0, "optim": optim, "warmup_ratio": 0.0}
+    recipe["tune"] = {"method": "full", "train": train}
+    result = run(recipe, runs=tmp_path, **HERE)
+    assert result.exit_code == 3
+    assert set(codes(result)) & {"environment.not_finite", "tune.loss_did_not_fall", "tune.not_finite"}
+    assert "evaluate" not in manifests(result.folder)
+
+
+def test_sabotage_shuffled_answers(recipe, rows_file, tmp_path):
+    rows = [json.loads(line)["messages"] for line in rows_file(count=300).read_text().splitlines()]
+    shuffled = [[rows[i][0], rows[(i + 7) % len(rows)][1]] for i in range(len(rows))]
+    path = tmp_path / "shuffled.jsonl"
+    path.write_text("".join(json.dumps({"messages": m}) + "\n" for m in shuffled), encoding="utf-8")
+    recipe["data"] = {"source": str(path)}
+    result = run(recipe, runs=tmp_path / "runs", allow=["evaluate.forgetting"], **HERE)
+    assert result.exit_code == 3 and "evaluate.gain" in codes(result)
+    assert list(manifests(result.folder))[-1] == "evaluate"
+
+
+def test_sabotage_drift(finished, tmp_path):
+    recipe, first = finished
+    strange = [f"Please write a long letter about subject number {i} to my landlord, and be polite." for i in range(150)]
+    log = request_log(tmp_path / "log.jsonl", strange)
+    result = run(recipe, [f"monitor.log={log}"], runs=first.folder.parent, **HERE)
+    assert result.exit_code == 3 and codes(result) == ["monitor.drift"]
+    assert (result.folder / "7-monitor" / "retrain.yaml").is_file()
+
+
+def test_no_drift_on_the_reference_itself(finished, tmp_path):
+    recipe, first = finished
+    lines = (first.folder / "1-data" / "validation.jsonl").read_text().splitlines()
+    texts = [json.loads(line)["messages"][0]["content"] for line in lines] * 3
+    result = run(recipe, [f"monitor.log={request_log(tmp_path / 'log.jsonl', texts)}"], runs=first.folder.parent, **HERE)
+    assert result.exit_code == 0 and "monitor.drift" not in codes(result, "warn")
+
+
+def test_a_folder_that_is_no_run(tmp_path):
+    with pytest.raises(InputError, match="not a run folder"):
+        resume(tmp_path)
+
+
+def test_the_stored_recipe_is_whole(finished):
+    _, result = finished
+    stored = yaml.safe_load((result.folder / "recipe.yaml").read_text())
+    assert stored["tune"][0]["train"]["weight_decay"] == 0.0 and stored["environment"]["seed"] == 0
