@@ -4,7 +4,7 @@
 
     run = lt.run("recipe.yaml")              # data -> model -> environment -> tune -> evaluate -> deploy -> monitor
     plan = lt.plan("recipe.yaml")            # what would happen and what it would cost
-    history = lt.tune(model, tokenizer, rows, tuning={"method": "lora", "rank": 8})
+    tuned, records = lt.fit(model, tokenizer, rows, tuning={"method": "lora", "rank": 8})
 
 Importing this package imports neither torch nor transformers; each name below is fetched when it is first used.
 """
@@ -20,7 +20,7 @@ _WHERE = {
     "run": "luthier.pipeline.run",
     "plan": "luthier.pipeline.plan",
     "resume": "luthier.pipeline.run",
-    "tune": "luthier.pipeline.inline",
+    "fit": "luthier.pipeline.inline",
     "Recipe": "luthier.pipeline.recipe",
     "Method": "luthier.methods",
     "Finding": "luthier.findings",
@@ -39,17 +39,17 @@ __all__ = [
     "Method",
     "Recipe",
     "__version__",
+    "fit",
     "plan",
     "resume",
     "run",
-    "tune",
 ]
 
 if TYPE_CHECKING:
     from luthier.errors import CrashError, GateError, InputError, LuthierError
     from luthier.findings import Finding
     from luthier.methods import Method
-    from luthier.pipeline.inline import tune
+    from luthier.pipeline.inline import fit
     from luthier.pipeline.plan import plan
     from luthier.pipeline.recipe import Recipe
     from luthier.pipeline.run import resume, run

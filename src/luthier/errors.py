@@ -37,7 +37,7 @@ class InputError(LuthierError):
         sentence = f"{where}: {self.what}" if where else self.what
         if fix:
             sentence += f"; {fix.rstrip('. ')}"
-        super().__init__(sentence + ".")
+        super().__init__(sentence if sentence.endswith("?") else sentence + ".")
 
 
 class GateError(LuthierError):

@@ -20,7 +20,9 @@ SMALL = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_atten
 WIDE = {**SMALL, "intermediate_size": 48, "num_key_value_heads": 2}
 CONFIGS = {
     "llama": LlamaConfig(**WIDE),
-    "gpt2": GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0),
+    "gpt2": GPT2Config(
+        vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+    ),
     "gemma2": Gemma2Config(**WIDE, head_dim=8, final_logit_softcapping=7.0),
     "cohere": CohereConfig(**WIDE, logit_scale=0.25),
     "granite": GraniteConfig(**WIDE, logits_scaling=3.0),

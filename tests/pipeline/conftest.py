@@ -7,8 +7,14 @@ RECIPE = {
     "name": "tiny",
     "data": {
         "source": [
-            {"callable": "luthier.worlds.arithmetic:rows", "arguments": {"skill": "swap", "count": 300, "part": "train"}},
-            {"callable": "luthier.worlds.arithmetic:rows", "arguments": {"skill": ["add", "copy"], "count": 300, "part": "train"}},
+            {
+                "callable": "luthier.worlds.arithmetic:rows",
+                "arguments": {"skill": "swap", "count": 300, "part": "train"},
+            },
+            {
+                "callable": "luthier.worlds.arithmetic:rows",
+                "arguments": {"skill": ["add", "copy"], "count": 300, "part": "train"},
+            },
         ],
         "split": [0.8, 0.1, 0.1],
     },
@@ -23,7 +29,10 @@ RECIPE = {
             {
                 "method": "generation",
                 "name": "swap",
-                "source": {"callable": "luthier.worlds.arithmetic:rows", "arguments": {"skill": "swap", "count": 60, "seed": 1, "part": "test"}},
+                "source": {
+                    "callable": "luthier.worlds.arithmetic:rows",
+                    "arguments": {"skill": "swap", "count": 60, "seed": 1, "part": "test"},
+                },
                 "grader": "luthier.worlds.arithmetic:grade",
                 "max_new_tokens": 10,
             },
@@ -31,7 +40,10 @@ RECIPE = {
                 "method": "generation",
                 "name": "old",
                 "role": "forgetting",
-                "source": {"callable": "luthier.worlds.arithmetic:rows", "arguments": {"skill": ["add", "copy"], "count": 40, "seed": 1, "part": "test"}},
+                "source": {
+                    "callable": "luthier.worlds.arithmetic:rows",
+                    "arguments": {"skill": ["add", "copy"], "count": 40, "seed": 1, "part": "test"},
+                },
                 "grader": "luthier.worlds.arithmetic:grade",
                 "max_new_tokens": 10,
             },

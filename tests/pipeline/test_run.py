@@ -11,7 +11,7 @@ from luthier.errors import InputError
 from luthier.pipeline.run import resume, run
 from luthier.pipeline.stage import STAGES, read_manifest
 
-HERE = dict(progress=False)
+HERE = {"progress": False}
 
 
 def codes(result, level="error"):
@@ -67,7 +67,7 @@ def test_one_changed_key_runs_only_what_depends_on_it(finished):
 
 
 def test_resume_after_a_cut_equals_the_uninterrupted_run(finished, tmp_path):
-    recipe, first = finished
+    _, first = finished
     copy = tmp_path / first.folder.name
     shutil.copytree(first.folder, copy)
     tune = copy / "4-tune"
@@ -149,7 +149,7 @@ def test_sabotage_vocabulary(recipe, tmp_path):
 
 @pytest.mark.parametrize("optim", ["sgd", "adamw_torch"])
 def test_sabotage_learning_rate(recipe, tmp_path, optim):
-    train = recipe["tune"]["train"] | {"learning_rate": 10.0, "optim": optim, "warmup_ratio": 0.0}
+    train = recipe["tune"]["train"] | {"learning_rate": 10.0, "optim": optim, "lr_scheduler_type": "constant"}
     recipe["tune"] = {"method": "full", "train": train}
     result = run(recipe, runs=tmp_path, **HERE)
     assert result.exit_code == 3
@@ -170,10 +170,12 @@ def test_sabotage_shuffled_answers(recipe, rows_file, tmp_path):
 
 def test_sabotage_drift(finished, tmp_path):
     recipe, first = finished
-    strange = [f"Please write a long letter about subject number {i} to my landlord, and be polite." for i in range(150)]
+    strange = [
+        f"Please write a long letter about subject number {i} to my landlord, and be polite." for i in range(150)
+    ]
     log = request_log(tmp_path / "log.jsonl", strange)
     result = run(recipe, [f"monitor.log={log}"], runs=first.folder.parent, **HERE)
-    assert result.exit_code == 3 and codes(result) == ["monitor.drift"]
+    assert result.exit_code == 3 and set(codes(result)) == {"monitor.drift"}
     assert (result.folder / "7-monitor" / "retrain.yaml").is_file()
 
 
@@ -181,7 +183,9 @@ def test_no_drift_on_the_reference_itself(finished, tmp_path):
     recipe, first = finished
     lines = (first.folder / "1-data" / "validation.jsonl").read_text().splitlines()
     texts = [json.loads(line)["messages"][0]["content"] for line in lines] * 3
-    result = run(recipe, [f"monitor.log={request_log(tmp_path / 'log.jsonl', texts)}"], runs=first.folder.parent, **HERE)
+    result = run(
+        recipe, [f"monitor.log={request_log(tmp_path / 'log.jsonl', texts)}"], runs=first.folder.parent, **HERE
+    )
     assert result.exit_code == 0 and "monitor.drift" not in codes(result, "warn")
 
 

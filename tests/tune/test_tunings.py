@@ -1,4 +1,4 @@
-"""One table of laws for every tuning: nothing moves before the first step, only what may move moves, state comes back."""
+"""One table of laws for every tuning."""
 
 import pytest
 import torch
@@ -16,7 +16,9 @@ TUNINGS += [{"method": "lora", "rank": 2, "targets": "attention", "peft": {"use_
 
 def make():
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
     return AutoModelForCausalLM.from_config(config).eval()
 
 
@@ -109,7 +111,7 @@ def test_options_of_peft_are_checked(options, phrase):
 
 def test_ranges_are_checked():
     for wrong in ({"rank": 0}, {"dropout": 1.0}, {"alpha": 0}):
-        with pytest.raises(ValueError, match="(?i)input should"):
+        with pytest.raises(ValueError, match=r"(?i)input should"):
             Lora(**wrong)
-    with pytest.raises(ValueError, match="(?i)extra"):
+    with pytest.raises(ValueError, match=r"(?i)extra"):
         Full(rank=3)

@@ -1,7 +1,7 @@
-"""`lt.tune`: the loop on a model that is already in memory, without a recipe or a run folder.
+"""`lt.fit`: the loop on a model that is already in memory, without a recipe or a run folder.
 
     import luthier as lt
-    tuned, records = lt.tune(model, tokenizer, rows, tuning={"method": "lora", "rank": 8})
+    tuned, records = lt.fit(model, tokenizer, rows, tuning={"method": "lora", "rank": 8})
 
 For notebooks and for tools of your own. It trains and nothing else: no split, no comparison with the base, no report.
 """
@@ -25,7 +25,7 @@ from luthier.train import Loop, StepRecord, TrainSettings
 from luthier.tune import Probe, Tuned
 
 
-def tune(
+def fit(
     model: nn.Module,
     tokenizer: Any,
     rows: Iterable[Mapping[str, Any]],

@@ -247,7 +247,8 @@ def _explain(error: ValidationError, name: str, lines: Lines, value: Any) -> Inp
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     kind, given = first["type"], first.get("input")
     if kind == "extra_forbidden":
-        known = _allowed(Recipe, path[:-1])
+        known = _allowed(Recipe, path[:-1]) or []
+        known = _method_keys(path[:-1], value) or known
         return InputError(f"unknown key {str(path[-1])!r}{more}", where=where, fix=did_you_mean(str(path[-1]), known))
     if kind == "missing":
         return InputError(f"this section or key is missing{more}", where=where, fix="add it")
@@ -256,6 +257,22 @@ def _explain(error: ValidationError, name: str, lines: Lines, value: Any) -> Inp
     shown = repr(given)
     got = "" if kind == "value_error" or len(shown) > 80 else f", got {shown}"
     return InputError(f"{message}{got}{more}", where=where)
+
+
+def _method_keys(path: Sequence[str | int], value: Any) -> list[str]:
+    """The keys of the method that stands at `path` of the recipe; none if no method stands there."""
+    room = {"tune": "tune", "objective": "objectives", "tasks": "evaluate"}.get(
+        next((str(part) for part in reversed(path) if not isinstance(part, int)), "")
+    )
+    for part in path:
+        if isinstance(value, Mapping):
+            value = value.get(part, value if isinstance(part, int) else None)
+        elif isinstance(value, Sequence) and isinstance(part, int) and part < len(value):
+            value = value[part]
+    if room is None or not isinstance(value, Mapping) or value.get("method") not in table(room):
+        return []
+    extra = ["objective", "train"] if room == "tune" else []
+    return [*find(room, value["method"]).model_fields, *extra]
 
 
 def _allowed(model: Any, path: Sequence[str | int]) -> list[str]:
