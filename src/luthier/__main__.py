@@ -1,4 +1,4 @@
-"""`python -m luthier`, and so `accelerate launch -m luthier run ...`."""
+"""`python -m luthier`, the same as the command `luthier`."""
 
 from luthier.cli import main
 

@@ -121,6 +121,12 @@ def _drive(context: Context, *, until: str | None, allow: Sequence[str]) -> RunR
     from luthier.pipeline.stages.environment import set_threads
     from luthier.pipeline.summary import finish
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(
+            "a whole run works in one process so far",
+            where="WORLD_SIZE",
+            fix="start it without a launcher; the loop itself (luthier.train.Loop) works in several",
+        )
     set_threads(context.recipe)
     findings: list[Finding] = []
     code = 0

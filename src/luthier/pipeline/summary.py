@@ -57,7 +57,7 @@ def verdict(context: Context, findings: list[Finding], code: int) -> dict[str, s
         line = "No target task was evaluated."
     lost = [t for t in evaluated["tasks"] if t["role"] == "forgetting"]
     if lost:
-        line += " Forgotten: " + ", ".join(f"{t['name']} {t['gain']:+.1f} points" for t in lost) + "."
+        line += " On what it knew before: " + ", ".join(f"{t['name']} {t['gain']:+.1f} points" for t in lost) + "."
     level = "warn" if warning or waived or any(f.level == "warn" for f in findings) else "ok"
     return {"level": level, "line": f"{warning}{line}{note}"}
 

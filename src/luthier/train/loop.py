@@ -8,7 +8,7 @@
 
 `steps()` is a generator that yields one record after each optimiser step; checkpoints, validation and early stopping
 happen between two of them. A run can be killed at any moment: it goes on from its newest checkpoint, and on a CPU
-ends with the same bits as if it had never been stopped. On several devices (`accelerate launch -m luthier run ...`)
+ends with the same bits as if it had never been stopped. On several devices (one process each, as torchrun starts them)
 each one takes its share of every step's rows; accelerate does the rest.
 """
 

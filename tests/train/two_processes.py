@@ -1,0 +1,45 @@
+"""Run by test_two_processes.py, alone and under torchrun: trains a tiny model and writes what each step measured."""
+
+import json
+import sys
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from luthier.methods import build
+from luthier.models.topology import Topology
+from luthier.objectives import Sft
+from luthier.train import Loop, TrainSettings
+from luthier.tune import Probe
+
+
+class Examples:
+    def __init__(self, count):
+        random = np.random.default_rng(0)
+        rows = [random.integers(1, 60, int(random.integers(4, 20))).tolist() for _ in range(count)]
+        self.rows = [{"input_ids": ids, "labels": [-100] * 2 + ids[2:]} for ids in rows]
+        self.lengths = np.array([len(ids) for ids in rows])
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+def main(path, method):
+    torch.manual_seed(1)
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**shape, num_attention_heads=4))
+    tuned = build("tune", method).attach(model, Probe(Topology.of(model)))
+    settings = TrainSettings(effective_batch_size=8, max_tokens_per_device=40, num_train_epochs=2, learning_rate=1e-3)
+    loop = Loop(tuned, Sft(), settings, Examples(41), Examples(9), device="cpu")
+    steps = [(r.loss, r.grad_norm, r.validation_loss or 0.0) for r in loop.run()]
+    if loop.accelerator.is_main_process:
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump({"processes": loop.accelerator.num_processes, "steps": steps}, file)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
