@@ -19,8 +19,8 @@ quick: $(VENV)/.ready lint
 	$(RUN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow and not browser"
 
 lint: $(VENV)/.ready
-	$(BIN)/ruff check src tests scripts
-	$(BIN)/ruff format --check src tests scripts
+	$(BIN)/ruff check src tests scripts benchmarks
+	$(BIN)/ruff format --check src tests scripts benchmarks
 
 types: $(VENV)/.ready
 	$(BIN)/mypy
