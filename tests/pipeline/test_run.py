@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -198,3 +200,27 @@ def test_the_stored_recipe_is_whole(finished):
     _, result = finished
     stored = yaml.safe_load((result.folder / "recipe.yaml").read_text())
     assert stored["tune"][0]["train"]["weight_decay"] == 0.0 and stored["environment"]["seed"] == 0
+
+
+def test_an_adapter_that_changes_nothing_is_found_out(recipe, tmp_path):
+    train = recipe["tune"]["train"] | {"learning_rate": 1e-38, "num_train_epochs": 0.2}
+    recipe["tune"] = recipe["tune"] | {"train": train}
+    result = run(recipe, runs=tmp_path, allow=["tune.loss_did_not_fall", "evaluate.gain"], **HERE)
+    assert result.exit_code == 3 and "evaluate.identical" in codes(result)
+
+
+@pytest.mark.parametrize("kibibytes", [8, 200])
+def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(recipe, tmp_path, kibibytes):
+    path, runs = tmp_path / "recipe.yaml", tmp_path / "runs"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({kibibytes * 1024}, {kibibytes * 1024}))"
+    code = f"{limit}; import sys; sys.argv = {['luthier', 'run', str(path), '--quiet', '--runs', str(runs)]!r}"
+    command = [sys.executable, "-c", f"{code}; from luthier.cli import main; main()"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    told = [line for line in done.stderr.splitlines() if line.startswith("luthier:")]
+    assert done.returncode == 4 and len(told) == 1 and "Traceback" not in done.stderr, done.stderr
+    whole = list(runs.glob("*/[1-7]-*/manifest.json"))
+    for manifest in whole:
+        read_manifest(manifest.parent)
+    again = resume(next(runs.iterdir()), **HERE)
+    assert again.exit_code == 0, again.summary
