@@ -209,7 +209,7 @@ def test_an_adapter_that_changes_nothing_is_found_out(recipe, tmp_path):
     assert result.exit_code == 3 and "evaluate.identical" in codes(result)
 
 
-@pytest.mark.parametrize("kibibytes", [8, 200])
+@pytest.mark.parametrize("kibibytes", [8, 450])
 def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(recipe, tmp_path, kibibytes):
     path, runs = tmp_path / "recipe.yaml", tmp_path / "runs"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -61,9 +62,10 @@ class Checkpoints:
             shutil.rmtree(final, ignore_errors=True)
             os.replace(aside, final)
             _flush(self.directory)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             shutil.rmtree(aside, ignore_errors=True)
-            reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else str(error)
+            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            reason = "the disk is full" if full else str(error)
             raise CrashError(
                 f"{self.directory}: could not write the checkpoint after step {step}: {reason}; earlier ones are whole."
             ) from error
