@@ -35,7 +35,7 @@ def test_help_imports_nothing_heavy():
     assert time.perf_counter() - began < 10  # a hang, not a speed: speed is for the benchmarks
 
 
-@pytest.mark.parametrize("command", [c.name or c.callback.__name__ for c in app.registered_commands])
+@pytest.mark.parametrize("command", [c.name or c.callback.__name__ for c in app.registered_commands if c.callback])
 def test_every_command_has_help_with_an_example(command):
     shown = luthier(command, "--help", COLUMNS="200")
     assert shown.returncode == 0 and "Example" in shown.stdout
@@ -169,3 +169,60 @@ def test_a_crash_is_one_line_and_code_4(capsys, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 4 and "surprise" in capsys.readouterr().err
+
+
+def test_a_crash_leaves_its_traceback_in_the_run_folder(tmp_path, capsys, monkeypatch):
+    def crash(*args, runs, **kwargs):
+        (runs / "x-2").mkdir(parents=True)
+        (runs / "x-2" / "recipe.yaml").write_text("name: x\n")
+        raise RuntimeError("surprise\nsecond line")
+
+    monkeypatch.setattr("luthier.pipeline.run.run", crash)
+    monkeypatch.setattr(sys, "argv", ["luthier", "run", "quickstart", "--runs", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 4 and said.count("\n") == 1 and str(tmp_path / "x-2" / "traceback.txt") in said
+    assert "in crash" in (tmp_path / "x-2" / "traceback.txt").read_text()
+
+
+def test_an_interrupt_is_code_130(monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("luthier.pipeline.run.run", interrupt)
+    monkeypatch.setattr(sys, "argv", ["luthier", "run", "quickstart"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+
+
+def test_runs_lists_whole_and_broken_folders(tmp_path, capsys, monkeypatch):
+    results = {"a-1": '{"exit_code": 0, "verdict": {"line": "good"}}', "a-2": None, "a-3": '{"exit_', "a-4": "[]"}
+    for name, result in results.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "recipe.yaml").write_text("name: a\n")
+        if result is not None:
+            (tmp_path / name / "result.json").write_text(result)
+    monkeypatch.setattr(sys, "argv", ["luthier", "runs", "--runs", str(tmp_path), "--json"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    rows = json.loads(capsys.readouterr().out)
+    assert ended.value.code == 0 and [r["exit_code"] for r in rows] == [0, None, None, None]
+    assert rows[0]["verdict"] == "good" and "resume" in rows[1]["verdict"] and "cannot be read" in rows[2]["verdict"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "phrase"),
+    [
+        (["methods", "--room", "tuen"], "did you mean 'tune'"),
+        (["schema", "--output", "no/such/folder/schema.json"], "cannot be written"),
+        (["plan", "quickstart", "tune.rnak=3"], "did you mean 'rank'"),
+        (["run", "quickstart", "--no-such-option"], "--no-such-option"),
+    ],
+)
+def test_more_wrong_arguments(capsys, monkeypatch, arguments, phrase):
+    monkeypatch.setattr(sys, "argv", ["luthier", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2 and phrase in capsys.readouterr().err

@@ -10,7 +10,10 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,6 +44,29 @@ def _show(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
 
 
+@contextmanager
+def _traceback_kept(folders: Callable[[], set[Path]]) -> Iterator[None]:
+    """Write the traceback of an unforeseen crash into the newest of `folders`, those of the run; the error goes on."""
+    try:
+        yield
+    except LuthierError:
+        raise
+    except Exception as error:
+        newest = max(folders(), key=lambda folder: folder.stat().st_mtime, default=None)
+        if newest is not None:
+            path = newest / "traceback.txt"
+            try:
+                path.write_text(traceback.format_exc(), encoding="utf-8")
+            except OSError:  # a full disk must not hide what went wrong
+                raise error from None
+            error.add_note(f"traceback in {path}")
+        raise
+
+
+def _folders(runs: Path) -> set[Path]:
+    return {path.parent for path in runs.glob("*/recipe.yaml")} if runs.is_dir() else set()
+
+
 def _end(result: Any) -> None:
     print(result.summary)
     raise typer.Exit(result.exit_code)
@@ -60,7 +86,10 @@ def run(
     from luthier.pipeline.run import run as work
 
     name = f"{recipe}-tiny" if tiny else recipe
-    _end(work(name, overrides or [], runs=runs, until=until, allow=allow or [], progress=not quiet, say=_say))
+    before = _folders(runs)
+    with _traceback_kept(lambda: _folders(runs) - before):
+        result = work(name, overrides or [], runs=runs, until=until, allow=allow or [], progress=not quiet, say=_say)
+    _end(result)
 
 
 @app.command(epilog="Example: luthier resume runs/quickstart-1 --from evaluate")
@@ -74,7 +103,9 @@ def resume(
     """Go on with an interrupted run, to the result that it would have had."""
     from luthier.pipeline.run import resume as work
 
-    _end(work(folder, from_stage=from_stage, until=until, allow=allow or [], progress=not quiet, say=_say))
+    with _traceback_kept(lambda: {folder}):
+        result = work(folder, from_stage=from_stage, until=until, allow=allow or [], progress=not quiet, say=_say)
+    _end(result)
 
 
 @app.command(epilog="Example: luthier plan recipe.yaml tune.method=full --json")
@@ -112,6 +143,9 @@ def methods(
     from luthier import methods as catalogue
     from luthier.errors import did_you_mean
 
+    rooms = {*catalogue.ROOMS, *(p.room for p in catalogue.catalogue())}
+    if room is not None and room not in rooms:
+        raise InputError(f"there is no room {room!r}", where="--room", fix=did_you_mean(room, rooms))
     here = {n: r for r in catalogue.ROOMS for n in catalogue.table(r)}
     papers = [p.model_dump() for p in catalogue.catalogue() if room in (None, p.room)]
     if name in here:
@@ -166,11 +200,15 @@ def runs(folder: Runs = Path("runs"), as_json: AsJson = False) -> None:
     found = []
     for path in sorted(folder.glob("*/recipe.yaml")) if folder.is_dir() else []:
         result = path.parent / "result.json"
-        ended: dict[str, Any] = (
-            json.loads(result.read_text(encoding="utf-8")) if result.is_file() else {"exit_code": None}
-        )
-        verdict = (ended.get("verdict") or {}).get("line", "not finished; `luthier resume` goes on")
-        found.append({"folder": str(path.parent), "exit_code": ended["exit_code"], "verdict": verdict})
+        code, verdict = None, "not finished; `luthier resume` goes on"
+        try:
+            ended = json.loads(result.read_text(encoding="utf-8"))
+            code, verdict = ended["exit_code"], ended["verdict"]["line"]
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, KeyError, TypeError):
+            verdict = "result.json cannot be read; `luthier resume` writes it again"
+        found.append({"folder": str(path.parent), "exit_code": code, "verdict": verdict})
     if as_json:
         _show(found)
         return
@@ -186,7 +224,11 @@ def schema(output: Annotated[Path | None, typer.Option("--output", help="File to
     if output is None:
         _show(json_schema())
     else:
-        output.write_text(json.dumps(json_schema(), indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(json_schema(), indent=2) + "\n"
+        try:
+            output.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"cannot be written: {error.strerror}", where=str(output)) from None
 
 
 def main() -> None:
@@ -207,7 +249,6 @@ def main() -> None:
         if os.environ.get("LUTHIER_DEBUG") == "1":
             raise
         text = str(error).strip().splitlines()
-        print(
-            f"luthier: {type(error).__name__}: {text[0] if text else ''} (LUTHIER_DEBUG=1 shows where)", file=sys.stderr
-        )
+        kept = next(iter(getattr(error, "__notes__", [])), "LUTHIER_DEBUG=1 shows where")
+        print(f"luthier: {type(error).__name__}: {text[0] if text else ''} ({kept})", file=sys.stderr)
         sys.exit(4)

@@ -129,9 +129,9 @@ def _table(results: Iterable[Mapping[str, Any]]) -> str:
     rows = [_row(part) for part in results]
     if not rows:
         return f"The results were {NOT_MEASURED}."
-    head = "| Task | Role | Items | Base | Tuned | Change (95% interval) | Unit |\n"
-    head += "| --- | --- | ---: | ---: | ---: | ---: | --- |"
-    return "\n".join([head, *rows])
+    head = ["| Task | Role | Items | Base | Tuned | Change (95% interval) | Unit |"]
+    head.append("| --- | --- | ---: | ---: | ---: | ---: | --- |")
+    return "\n".join([*head, *rows])
 
 
 def _row(part: Mapping[str, Any]) -> str:

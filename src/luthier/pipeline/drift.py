@@ -11,9 +11,9 @@ are compared, each as shares c_i (current) and r_i (reference) of the requests i
 and the words themselves by the Jensen-Shannon divergence. By the usual rule of credit scoring, 0.2 deserves a look and
 0.3 means that what was measured at release says little about now (both are settings).
 
-By chance alone PSI is about (1/n + 1/m) times a chi-square value of (bins - 1) degrees of freedom (Yurdakul 2018), for
-windows of n and m: two honest windows of 50 give 0.36 on ten bins. The report states what chance exceeds once in a
-hundred times, and a window with fewer requests than `min_requests` is held against the larger of that and the limits.
+By chance alone two honest windows of 50 differ by a PSI of about 0.36 on ten bins. The report states what chance
+exceeds once in a hundred times, and a window with fewer requests than `min_requests` is held against the larger of
+that and the limits.
 
     monitor.drift          warn, error   a PSI above its limit
     monitor.small_window   warn          fewer requests than `min_requests`
@@ -34,7 +34,6 @@ from typing import Any
 
 import numpy as np
 from scipy.cluster.vq import kmeans2, vq
-from scipy.stats import chi2
 
 from luthier.data.json_rows import json_lines
 from luthier.errors import InputError
@@ -70,16 +69,18 @@ def psi_shares(reference: Sequence[float], current: Sequence[float]) -> float:
 def decile_edges(reference: Sequence[float]) -> list[float]:
     """The edges between bins: the nine inner deciles of `reference`, ascending, without doubles.
 
-    Bin i holds edge[i-1] < x <= edge[i]. Values that are all alike get edges on both sides, so that smaller ones are
-    told from larger ones.
+    A decile is a value of the window (no interpolation), and one that equals the largest merges with it. Bin i holds
+    edge[i-1] < x <= edge[i]. A window of one value only gets edges on both sides of it, so that smaller ones are told
+    from larger ones.
     """
     values = np.asarray(reference, float)
     if values.ndim != 1 or values.size == 0 or not np.isfinite(values).all():
         raise InputError("the reference window needs at least one value, all of them finite")
-    edges = [float(edge) for edge in np.unique(np.quantile(values, np.arange(1, 10) / 10))]
-    if values.min() == values.max():
-        return [math.nextafter(edges[0], -math.inf), edges[0]]
-    return edges
+    low, high = float(values.min()), float(values.max())
+    if low == high:
+        return [math.nextafter(low, -math.inf), low]
+    deciles = np.unique(np.quantile(values, np.arange(1, 10) / 10, method="inverted_cdf"))
+    return [float(edge) for edge in deciles if edge < high]
 
 
 def psi(reference: Sequence[float], current: Sequence[float], bins: Sequence[float] | None = None) -> float:
@@ -90,9 +91,19 @@ def psi(reference: Sequence[float], current: Sequence[float], bins: Sequence[flo
     return psi_shares(_counts(reference, edges), _counts(current, edges))
 
 
-def chance(bins: int, reference: int, current: int) -> float:
-    """The PSI that two windows of these sizes, drawn from the same requests, exceed once in a hundred times."""
-    return 0.0 if bins < 2 else float(chi2.ppf(0.99, bins - 1) * (1 / reference + 1 / current))
+def chance(reference: Sequence[float], size: int, *, seed: int = 0) -> float:
+    """The PSI that honest requests exceed once in a hundred windows of `size`, found by drawing 1,000 of them.
+
+    Both windows are drawn from the shares of the `reference` counts, so that it too is taken as one of many. For
+    bins with many requests this is (1/n + 1/m) times the 99% point of chi-square with (bins - 1) degrees of freedom
+    (Yurdakul 2018); empty bins, which small windows have, make it larger.
+    """
+    counts = np.asarray(reference, float)
+    generator = np.random.default_rng(seed)
+    before = generator.multinomial(int(counts.sum()), counts / counts.sum(), 1000)
+    after = generator.multinomial(size, counts / counts.sum(), 1000)
+    drawn = [psi_shares(a.tolist(), b.tolist()) for a, b in zip(before, after, strict=True)]
+    return float(np.quantile(drawn, 0.99))
 
 
 def jensen_shannon(tokens_a: Iterable[Any], tokens_b: Iterable[Any]) -> float:
@@ -177,7 +188,11 @@ def _names(texts: Sequence[str], near: Sequence[int], k: int) -> list[list[str]]
     for text, cluster in zip(texts, near, strict=True):
         inside[cluster].update(set(words(text)))
     everywhere = sum(inside, Counter())
-    return [sorted(part, key=lambda w, part=part: (-(part[w] ** 2) / everywhere[w], w))[:5] for part in inside]  # type: ignore[misc]
+    named = []
+    for part in inside:
+        weight = {word: count**2 / everywhere[word] for word, count in part.items()}
+        named.append(sorted(weight, key=lambda word, weight=weight: (-weight[word], word))[:5])  # type: ignore[misc]
+    return named
 
 
 # -- the log
@@ -277,7 +292,10 @@ def drift(
         "reference": sizes[0],
         "requests": sizes[1],
         "psi": {"length": psi(lengths[0], lengths[1], bins=edges), "topics": psi_shares(before, after)},
-        "by_chance": {"length": chance(len(edges) + 1, *sizes), "topics": chance(len(before), *sizes)},
+        "by_chance": {
+            "length": chance(_counts(lengths[0], edges), sizes[1], seed=seed),
+            "topics": chance(before, sizes[1], seed=seed),
+        },
         "limits": {"warn": warn, "error": error, "min_requests": min_requests, "max_errors": max_errors},
         "length": {
             "edges": edges,

@@ -12,6 +12,7 @@ nobody knows is an error with the nearest known one; the file, the line and the 
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from luthier.errors import InputError, did_you_mean
 from luthier.evaluate.settings import EvaluateSettings
 from luthier.methods import build, field, find, table
 from luthier.models.settings import ModelSettings
+from luthier.pipeline.recipe_text import Lines, Place, override, parse, plain, read_text
 from luthier.train.settings import TrainSettings
 
 
@@ -57,6 +59,12 @@ class MonitorSettings(Section):
     min_requests: int = Field(default=100, ge=1)
     psi_warn: float = Field(default=0.2, gt=0, allow_inf_nan=False)
     psi_error: float = Field(default=0.3, gt=0, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _warns_first(self) -> MonitorSettings:
+        if self.psi_warn > self.psi_error:
+            raise ValueError(f"psi_warn ({self.psi_warn:g}) lies above psi_error ({self.psi_error:g})")
+        return self
 
 
 class Phase(Section):
@@ -110,23 +118,23 @@ def packaged() -> dict[str, str]:
 
 def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str] = ()) -> Recipe:
     """A checked recipe from a file, the name of a packaged one, or a mapping, with `a.b=value` overrides applied."""
+    lines: Lines = {}
     if isinstance(source, Recipe):
         if not overrides:
             return source
-        source = yaml.safe_load(dump_recipe(source))
-    if isinstance(source, Mapping):
-        name, text = "recipe", yaml.safe_dump(dict(source), sort_keys=False)
+        name, value = "recipe", source.model_dump(mode="json", by_alias=True)
+    elif isinstance(source, Mapping):
+        name, value = "recipe", plain(source)
     elif isinstance(source, str | Path):
-        name, text = _read(source)
+        name, text = read_text(source, packaged())
+        value, lines = parse(text, name)
     else:
         raise InputError(f"a recipe is a path, a name or a mapping, got {type(source).__name__}")
-    value, lines = _parse(text, name)
-    for override in overrides:
-        _override(value, override)
+    overridden = {override(value, text): text for text in overrides}
     try:
         return Recipe.model_validate(value)
     except ValidationError as error:
-        raise _explain(error, name, lines, value) from None
+        raise _explain(error, name, lines, value, overridden) from None
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -138,122 +146,59 @@ def json_schema() -> dict[str, Any]:
     """JSON schema of a recipe, for editors; each registered method's own schema stands under `$defs`."""
     schema = Recipe.model_json_schema(by_alias=True)
     definitions = schema.setdefault("$defs", {})
-    refs: dict[str, list[dict[str, str]]] = {}
-    for room in ("tune", "objectives", "evaluate"):
+    refs: dict[str, list[dict[str, Any]]] = {}
+    for room in ("objectives", "tune", "evaluate"):
+        refs[room] = [{"type": "string", "enum": sorted(table(room))}]  # a bare name is a method with its defaults
         for name in table(room):
-            own = find(room, name).model_json_schema()
+            own = find(room, name).model_json_schema(by_alias=True)
             definitions.update(own.pop("$defs", {}))
             if room == "tune":
-                own["properties"] |= {"objective": {"type": "object"}, "train": {"$ref": "#/$defs/TrainSettings"}}
+                own["properties"] |= {"objective": {"anyOf": refs["objectives"]}}
+                own["properties"] |= {"train": {"$ref": "#/$defs/TrainSettings"}}
             definitions[f"{room}.{name}"] = own
-            refs.setdefault(room, []).append({"$ref": f"#/$defs/{room}.{name}"})
+            refs[room].append({"$ref": f"#/$defs/{room}.{name}"})
+    definitions.pop("Phase", None)
     phase = {"anyOf": refs["tune"]}
     schema["properties"]["tune"] = {"anyOf": [phase, {"type": "array", "items": phase, "minItems": 1}]}
     definitions["EvaluateSettings"]["properties"]["tasks"]["items"] = {"anyOf": refs["evaluate"]}
     return schema
 
 
-def _read(source: str | Path) -> tuple[str, str]:
-    path = Path(source)
-    known = packaged()
-    if not path.exists() and str(source) in known:
-        return f"{source} (packaged)", known[str(source)]
-    if not path.is_file():
-        what = "is a folder, not a recipe" if path.is_dir() else "there is no such recipe"
-        near = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        raise InputError(what, where=str(source), fix=did_you_mean(str(source), [*known, *near]))
-    try:
-        return str(path), path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"byte {error.start} is not UTF-8", where=str(path), fix="save the file as UTF-8") from None
-    except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror}", where=str(path)) from None
+def _explain(
+    error: ValidationError, name: str, lines: Lines, value: Mapping[str, Any], overridden: Mapping[Place, str]
+) -> InputError:
+    """The weightiest of pydantic's complaints as one sentence; the others are counted.
 
-
-Lines = dict[tuple[str | int, ...], int]
-
-
-def _parse(text: str, name: str) -> tuple[dict[str, Any], Lines]:
-    """The mapping in a YAML text, and the line of each of its keys."""
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        if node is None:
-            raise InputError("the recipe is empty", where=name, fix="`luthier recipes` lists examples")
-        if not isinstance(node, yaml.MappingNode):
-            raise InputError("a recipe is a mapping of sections such as data, model, tune", where=f"{name}:1")
-        lines = dict(_lines(node, (), name))
-        return yaml.safe_load(text), lines
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark else name
-        raise InputError(f"not valid YAML: {error.problem}", where=where) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"not valid YAML: {str(error).splitlines()[0]}", where=name) from None
-
-
-def _lines(node: yaml.Node, path: tuple[str | int, ...], name: str) -> Iterator[tuple[tuple[str | int, ...], int]]:
-    if isinstance(node, yaml.MappingNode):
-        seen = set()
-        for key, value in node.value:
-            if key.value in seen:
-                where = f"{name}:{key.start_mark.line + 1}"
-                raise InputError(f"the key {key.value!r} stands here a second time", where=where, fix="remove one")
-            seen.add(key.value)
-            yield (*path, key.value), key.start_mark.line + 1
-            yield from _lines(value, (*path, key.value), name)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            yield (*path, index), item.start_mark.line + 1
-            yield from _lines(item, (*path, index), name)
-
-
-def _override(value: dict[str, Any], override: str) -> None:
-    """Set one dotted key in place."""
-    dotted, sign, text = override.partition("=")
-    keys = dotted.split(".")
-    if not sign or not all(keys):
-        raise InputError(f"{override!r} is not an override", fix="write section.key=value, such as tune.rank=8")
-    try:
-        new = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise InputError(f"the value of {dotted} is not valid YAML: {text!r}", fix="put it in quotes") from None
-    place: Any = value
-    for number, key in enumerate(keys):
-        last = number == len(keys) - 1
-        index: Any = key
-        if isinstance(place, list):
-            if not key.isdigit() or int(key) >= len(place):
-                what = f"{'.'.join(keys[:number])} is a list of {len(place)}, so {key!r} names nothing in it"
-                raise InputError(what, where=override, fix=f"use a number below {len(place)}")
-            index = int(key)
-        elif not isinstance(place, dict):
-            raise InputError(f"{'.'.join(keys[:number])} is a plain value and has no key {key!r}", where=override)
-        if last:
-            place[index] = new
-        else:
-            if isinstance(place, dict) and place.get(index) is None:
-                place[index] = {}
-            place = place[index]
-
-
-def _explain(error: ValidationError, name: str, lines: Lines, value: Any) -> InputError:
-    """The first of pydantic's complaints as one sentence; the others are counted."""
-    problems = error.errors(include_url=False)
+    An unknown key comes first: it is often the misspelt form of one that is missing.
+    """
+    problems = [p for p in error.errors(include_url=False) if p["type"] != "too_short" or not p["input"]]
+    problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
     first = problems[0]
-    path = tuple(part for part in first["loc"] if part not in ("tuning",))
-    line = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
+    path: Place = tuple(part for part in first["loc"] if part != "tuning")
+    if path[:2] == ("tune", 0) and not isinstance(value.get("tune"), list):
+        path = ("tune", *path[2:])  # one phase, written without a list
     dotted = ".".join(str(part) for part in path) or "recipe"
-    where = f"{name}:{line}: {dotted}" if line else f"{name}: {dotted}"
+    above = [path[:n] for n in range(len(path), 0, -1)]
+    line = next((lines[place] for place in above if place in lines), None)
+    given_by = next((overridden[place] for place in above if place in overridden), None)
+    if not given_by and path not in lines:  # the override made the mapping that is refused
+        given_by = next((text for place, text in overridden.items() if place[: len(path)] == path), None)
+    where = f"override {given_by}" if given_by else f"{name}:{line}: {dotted}" if line else f"{name}: {dotted}"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     kind, given = first["type"], first.get("input")
     if kind == "extra_forbidden":
-        known = _allowed(Recipe, path[:-1]) or []
-        known = _method_keys(path[:-1], value) or known
+        known = _method_keys(path[:-1], value) or _allowed(Recipe, path[:-1])
         return InputError(f"unknown key {str(path[-1])!r}{more}", where=where, fix=did_you_mean(str(path[-1]), known))
     if kind == "missing":
         return InputError(f"this section or key is missing{more}", where=where, fix="add it")
+    if given is None and kind != "value_error":
+        return InputError(f"nothing is written here{more}", where=where, fix="give it a value, or leave the key out")
     message = first["msg"].removeprefix("Value error, ").rstrip(".")
-    message = message[0].lower() + message[1:] if message else kind
+    message = message[0].lower() + message[1:] if message[1:2].islower() or message[1:2] == " " else message
+    message = re.sub(r"a valid dictionary( or instance of \w+)?", "a mapping", message).replace("valid tuple", "list")
+    message = message.replace("tuple", "list").replace(" after validation", "")
+    if first["loc"] == ("name",) and kind == "string_pattern_mismatch":
+        message = "a name has at most 64 letters, digits, dots, dashes and underscores, the first a letter or digit"
     shown = repr(given)
     got = "" if kind == "value_error" or len(shown) > 80 else f", got {shown}"
     return InputError(f"{message}{got}{more}", where=where)

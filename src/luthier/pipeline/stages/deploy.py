@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from luthier.data.encode import prompt_ids
 from luthier.data.rows import Rows
+from luthier.data.store import Encodings
+from luthier.models import Loaded
 from luthier.models.files import write_aside
 from luthier.pipeline.card import model_card
 from luthier.pipeline.recipe import Recipe, dump_recipe
@@ -16,6 +19,7 @@ from luthier.pipeline.stages.evaluate import finished_evaluation, tuned_model
 from luthier.pipeline.stages.model import load_base
 
 PROBES = 8
+BEGINNING = 32  # tokens of a row without a prompt
 
 
 class DeployStage(Stage):
@@ -32,8 +36,7 @@ class DeployStage(Stage):
         loaded = load_base(context)
         model, _ = tuned_model(context, loaded)
         model.eval()
-        rows = self._probe_rows(context)
-        probes = [prompt_ids(row, loaded.tokenizer, recipe.data) or [0] for row in rows]
+        rows, probes = self._probes(context, loaded)
         reference = probe_logits(model, probes)  # before merging: of the model that was evaluated
         adapter = hasattr(model, "peft_config") and not recipe.deploy.merge
         if hasattr(model, "peft_config") and not adapter:
@@ -41,7 +44,7 @@ class DeployStage(Stage):
         kind: Any = "adapter" if adapter else "model"
         base = loaded.facts["folder"] if adapter else recipe.model.base
         serve = {"base": str(base), "max_length": loaded.facts.get("context")}
-        with write_aside(directory / "release") as aside:
+        with write_aside(directory / "release") as aside:  # proven before it stands under its name
             write_release(
                 model,
                 loaded.tokenizer,
@@ -51,24 +54,30 @@ class DeployStage(Stage):
                 probe_prompts=probes,
                 serve=serve,
             )
-        facts, findings = prove_release(
-            directory / "release",
-            load_base=(lambda: load_base(context).model) if adapter else None,
-            reference_logits=reference,
-            prompts=probes,
-            prompt_rows=rows,
-            settings=recipe.data,
-        )
+            facts, findings = prove_release(
+                aside,
+                load_base=(lambda: load_base(context).model) if adapter else None,
+                reference_logits=reference,
+                prompts=probes,
+                prompt_rows=rows,
+                settings=recipe.data,
+            )
         files = [p.relative_to(directory).as_posix() for p in sorted((directory / "release").glob("*.safetensors"))]
         return Outcome(findings, facts | {"release": "release", "kind": kind}, files)
 
-    def _probe_rows(self, context: Context) -> list[Any]:
-        """A few rows to hold the release against: held-out ones if there are any."""
-        found: list[Any] = []
+    def _probes(self, context: Context, loaded: Loaded) -> tuple[list[Any], list[list[int]]]:
+        """A few rows and the ids of their prompts, held-out ones first; of plain text only the ids it begins with."""
+        found: list[tuple[Any, list[int]]] = []
+        begins: list[list[int]] = []
         for split in ("test", "validation", "train"):
-            rows = Rows(context.path("data") / f"{split}.jsonl")
-            found += [rows[i] for i in range(min(PROBES - len(found), len(rows)))]
-        return found[:PROBES]
+            for row in islice(iter(Rows(context.path("data") / f"{split}.jsonl")), PROBES):
+                found.append((row, prompt_ids(row, loaded.tokenizer, context.recipe.data)))
+            encoded = Encodings(context.path("model") / split)
+            begins += [list(encoded[i]["input_ids"])[:BEGINNING] for i in range(min(PROBES, len(encoded)))]
+        found = [pair for pair in found if pair[1]][:PROBES]
+        if not found:
+            return [], begins[:PROBES]
+        return [row for row, _ in found], [ids for _, ids in found]
 
 
 def card_facts(context: Context, kind: str, base: str) -> dict[str, Any]:

@@ -7,10 +7,9 @@ from typing import Any
 
 import yaml
 
-from luthier.data.clean import prompt_text
 from luthier.data.rows import Rows
 from luthier.errors import InputError
-from luthier.pipeline.drift import drift, read_log
+from luthier.pipeline.drift import drift, prompt_text, read_log
 from luthier.pipeline.recipe import Recipe
 from luthier.pipeline.stage import Context, Outcome, Stage, file_digest, write_json, write_text
 
@@ -33,9 +32,8 @@ class MonitorStage(Stage):
     def run(self, context: Context, directory: Path) -> Outcome:
         settings = context.recipe.monitor
         requests = read_log(Path(settings.log or ""))[-settings.window :]
-        reference = [
-            prompt_text(row) or str(row.get("text", "")) for row in Rows(context.path("data") / "validation.jsonl")
-        ]
+        rows = Rows(context.path("data") / "validation.jsonl")
+        reference = [prompt_text(row) or str(row.get("text", "")) for row in rows]
         report, findings = drift(
             reference, requests, warn=settings.psi_warn, error=settings.psi_error, min_requests=settings.min_requests
         )
