@@ -52,6 +52,14 @@ class CrashError(LuthierError):
     exit_code = 4
 
 
+class ElsewhereError(LuthierError):
+    """The first process of a launch failed and says why; this one only leaves, with the same exit code."""
+
+    def __init__(self, exit_code: int):
+        super().__init__("the first process failed")
+        self.exit_code = exit_code
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A remedy for an unknown `name`: the nearest of `known`, or all of them if none is near."""
     names = sorted(set(known))

@@ -1,4 +1,4 @@
-"""Two processes on CPU (gloo) at an equal global batch: the losses and gradients of one process."""
+"""Two processes on CPU (gloo) at an equal global batch: the losses, gradients and checkpoints of one process."""
 
 import json
 import os
@@ -8,22 +8,38 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).with_name("two_processes.py")
+HERE = Path(__file__).parent
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu"]
+ACCELERATE += ["--num_processes", "2", "--main_process_port", "0"]
+
+
+def _start(command, folder, method):
+    folder.mkdir()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, str(folder), method], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads((folder / "found.json").read_text())
+
+
+@pytest.fixture(scope="module", params=["full", "lora"])
+def alone(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param) / "alone"
+    return request.param, _start([sys.executable, str(HERE / "two_processes.py")], folder, request.param)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_two_processes_equal_one(tmp_path, method):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    found = []
-    for number, command in enumerate(([sys.executable], torchrun), start=1):
-        path = tmp_path / f"{number}.json"
-        done = subprocess.run(
-            [*command, str(SCRIPT), str(path), method], env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        found.append(json.loads(path.read_text()))
-    assert [f["processes"] for f in found] == [1, 2]
-    for alone, together in zip(found[0]["steps"], found[1]["steps"], strict=True):
-        assert together == pytest.approx(alone, abs=1e-4)
+@pytest.mark.parametrize(
+    "command",
+    [[*ACCELERATE, str(HERE / "two_processes.py")], [*TORCHRUN, str(HERE / "sharded.py")]],
+    ids=["ddp by accelerate launch", "fsdp2 by torchrun"],
+)
+def test_two_processes_equal_one(tmp_path, alone, command):
+    method, one = alone
+    two = _start(command, tmp_path / "two", method)
+    assert (one["processes"], two["processes"]) == (1, 2)
+    for expected, step in zip(one["steps"], two["steps"], strict=True):
+        assert step == pytest.approx(expected, abs=1e-4)
+    for found in (one, two):
+        for expected, step in zip(found["steps"][5:], found["resumed"], strict=True):
+            assert step == pytest.approx(expected, abs=1e-6)

@@ -1,7 +1,9 @@
 """Run by test_two_processes.py, alone and under torchrun: trains a tiny model and writes what each step measured."""
 
 import json
+import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,17 +30,37 @@ class Examples:
         return self.rows[index]
 
 
-def main(path, method):
+def loop_in(directory, method):
     torch.manual_seed(1)
     shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     model = AutoModelForCausalLM.from_config(LlamaConfig(**shape, num_attention_heads=4))
     tuned = build("tune", method).attach(model, Probe(Topology.of(model)))
-    settings = TrainSettings(effective_batch_size=8, max_tokens_per_device=40, num_train_epochs=2, learning_rate=1e-3)
-    loop = Loop(tuned, Sft(), settings, Examples(41), Examples(9), device="cpu")
+    settings = TrainSettings(
+        effective_batch_size=8,
+        max_tokens_per_device=40,
+        num_train_epochs=2,
+        learning_rate=1e-3,
+        save_steps=5,
+        save_total_limit=9,
+    )
+    return Loop(tuned, Sft(), settings, Examples(41), Examples(9), directory=directory, device="cpu")
+
+
+def main(folder, method):
+    """Train; then, from the checkpoint after step 5, once more: both ways must measure the same."""
+    folder = Path(folder)
+    loop = loop_in(folder / "run", method)
     steps = [(r.loss, r.grad_norm, r.validation_loss or 0.0) for r in loop.run()]
     if loop.accelerator.is_main_process:
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump({"processes": loop.accelerator.num_processes, "steps": steps}, file)
+        for path in (folder / "run" / "checkpoints").glob("step-*"):
+            if path.name != "step-00000005":
+                shutil.rmtree(path)
+    loop.accelerator.wait_for_everyone()
+    again = loop_in(folder / "run", method)
+    resumed = [(r.loss, r.grad_norm, r.validation_loss or 0.0) for r in again.run()]
+    if loop.accelerator.is_main_process:
+        found = {"processes": loop.accelerator.num_processes, "steps": steps, "resumed": resumed}
+        (folder / "found.json").write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import typer
 
-from luthier.errors import InputError, LuthierError
+from luthier.errors import ElsewhereError, InputError, LuthierError
 
 app = typer.Typer(
     name="luthier",
@@ -68,7 +68,8 @@ def _folders(runs: Path) -> set[Path]:
 
 
 def _end(result: Any) -> None:
-    print(result.summary)
+    if os.environ.get("RANK", "0") == "0":  # of the processes that a launcher starts, one talks
+        print(result.summary)
     raise typer.Exit(result.exit_code)
 
 
@@ -240,7 +241,8 @@ def main() -> None:
     try:
         app()
     except LuthierError as error:
-        print(f"luthier: {error}", file=sys.stderr)
+        if not isinstance(error, ElsewhereError):
+            print(f"luthier: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("luthier: interrupted", file=sys.stderr)

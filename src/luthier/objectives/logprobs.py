@@ -95,7 +95,8 @@ def _chunked(
     """Score `hidden` (tokens, width) chunk by chunk; only one chunk's logits live at a time, in both passes."""
 
     def score(part: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return _score(after(head(part)), labels, entropy)
+        # Without the module's hooks: FSDP2's count each of its calls, and the weights are gathered already.
+        return _score(after(head.forward(part)), labels, entropy)
 
     if len(targets) <= size:
         return score(hidden, targets)
@@ -182,8 +183,8 @@ def _find_after(model: nn.Module, head: nn.Module, batch: Batch) -> After | None
     with torch.no_grad(), torch.random.fork_rng(devices=devices):
         with _feed(head, lambda hidden: hidden, caught):
             model(input_ids=ids, use_cache=False)
-        stretched = caught[0] * (60 / head(caught[0]).float().abs().max().clamp_min(1e-6)).to(caught[0].dtype)
-        raw = head(stretched).float()
+        stretched = caught[0] * (60 / head.forward(caught[0]).float().abs().max().clamp_min(1e-6)).to(caught[0].dtype)
+        raw = head.forward(stretched).float()
         with _feed(head, lambda hidden: stretched):
             truth = _logits(model(input_ids=ids, use_cache=False)).float()
     for after in _candidates(model):

@@ -5,6 +5,8 @@
 Each call of `run` makes a new folder and never touches an older one; a stage whose inputs, settings and code are those
 of a finished stage of an earlier run of the same name is linked over instead of run again. A stage that finds something
 of level `error` ends the run with exit code 3, unless its code is allowed; the waiver is written into the manifest.
+
+Under a launcher (`accelerate launch -m luthier run ...`) every process comes here: all train, the first does the rest.
 """
 
 from __future__ import annotations
@@ -18,13 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from luthier.errors import CrashError, InputError, LuthierError, did_you_mean
+from luthier.errors import CrashError, ElsewhereError, InputError, LuthierError, did_you_mean
 from luthier.findings import Finding
 from luthier.pipeline.recipe import Recipe, dump_recipe, load_recipe
 from luthier.pipeline.stage import (
     STAGES,
     Context,
     Manifest,
+    Outcome,
     Stage,
     code_version,
     digest,
@@ -34,6 +37,8 @@ from luthier.pipeline.stage import (
     write_json,
     write_text,
 )
+from luthier.train.loop import Interrupted
+from luthier.train.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -68,11 +73,17 @@ def run(
     """
     _known_stage(until)
     recipe = load_recipe(source, overrides)
-    folder = _new_folder(Path(runs), recipe.name)
-    write_text(folder / "recipe.yaml", dump_recipe(recipe))
-    given = str(source) if isinstance(source, str | Path) else "recipe.yaml"
-    write_json(folder / "run.json", {"command": " ".join(["luthier run", given, *overrides]), "started": now()})
-    return _drive(Context(recipe, folder, say, progress), until=until, allow=allow)
+    ranks = Ranks.join(recipe.environment.device)
+
+    def new_run() -> Path:
+        folder = _new_folder(Path(runs), recipe.name)
+        write_text(folder / "recipe.yaml", dump_recipe(recipe))
+        given = str(source) if isinstance(source, str | Path) else "recipe.yaml"
+        write_json(folder / "run.json", {"command": " ".join(["luthier run", given, *overrides]), "started": now()})
+        return folder
+
+    context = Context(recipe, ranks.first(new_run), say, progress, ranks)
+    return _drive(context, until=until, allow=allow)
 
 
 def resume(
@@ -94,12 +105,15 @@ def resume(
     folder = Path(folder)
     if not (folder / "recipe.yaml").is_file():
         raise InputError("this is not a run folder", where=str(folder), fix="`luthier runs` lists them")
-    context = Context(load_recipe(folder / "recipe.yaml"), folder, say, progress)
-    if from_stage:
-        for stage in STAGES[STAGES.index(from_stage) :]:
-            path = context.path(stage)
-            if path.is_dir():
-                _archive(path)
+    recipe = load_recipe(folder / "recipe.yaml")
+    context = Context(recipe, folder, say, progress, Ranks.join(recipe.environment.device))
+
+    def put_aside() -> None:
+        for stage in STAGES[STAGES.index(from_stage) :] if from_stage else ():
+            if context.path(stage).is_dir():
+                _archive(context.path(stage))
+
+    context.ranks.first(put_aside)
     return _drive(context, until=until, allow=allow)
 
 
@@ -121,12 +135,8 @@ def _drive(context: Context, *, until: str | None, allow: Sequence[str]) -> RunR
     from luthier.pipeline.stages.environment import set_threads
     from luthier.pipeline.summary import finish
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError(
-            "a whole run works in one process so far",
-            where="WORLD_SIZE",
-            fix="start it without a launcher; the loop itself (luthier.train.Loop) works in several",
-        )
+    if context.ranks.rank:  # one process talks
+        context.say, context.progress = lambda text: None, False
     set_threads(context.recipe)
     findings: list[Finding] = []
     code = 0
@@ -146,12 +156,56 @@ def _drive(context: Context, *, until: str | None, allow: Sequence[str]) -> RunR
             break
         if name == until:
             break
-    summary = finish(context, findings, code, time.perf_counter() - began)
+    summary = context.ranks.first(lambda: finish(context, findings, code, time.perf_counter() - began))
+    context.ranks.leave()
     return RunResult(context.folder, code, summary, findings)
 
 
 def _stage(context: Context, stage: Stage, allow: Sequence[str]) -> Manifest:
     """Run one stage, or take over what an equal one has left; its manifest is written last."""
+    ready = context.ranks.first(lambda: _taken_over(context, stage, allow))
+    if isinstance(ready, Manifest):
+        return ready
+    began, started = time.perf_counter(), now()
+
+    def record(outcome: Outcome) -> Manifest:
+        directory = context.path(stage.name)
+        manifest = Manifest(
+            stage=stage.name,
+            inputs=ready[0],
+            settings=ready[1],
+            code=ready[2],
+            seed=context.recipe.environment.seed,
+            started=started,
+            seconds=time.perf_counter() - began,
+            findings=outcome.findings,
+            outputs={name: file_digest(directory / name) for name in outcome.outputs if (directory / name).is_file()},
+            facts=outcome.facts,
+        )
+        context.say(f"{stage.name}: {manifest.seconds:.1f} s")
+        return _waive(manifest, allow, directory, write=True)
+
+    if stage.together:
+        outcome = _work(context, stage)
+        return context.ranks.first(lambda: record(outcome))
+    return context.ranks.first(lambda: record(_work(context, stage)))
+
+
+def _work(context: Context, stage: Stage) -> Outcome:
+    try:
+        return stage.run(context, context.path(stage.name))
+    except Interrupted as error:
+        if context.ranks.rank:  # the first process says it
+            raise ElsewhereError(error.exit_code) from None
+        raise
+    except OSError as error:
+        if isinstance(error, LuthierError):
+            raise
+        raise CrashError(f"stage {stage.name}: {error}; `luthier resume {context.folder}` goes on.") from error
+
+
+def _taken_over(context: Context, stage: Stage, allow: Sequence[str]) -> Manifest | tuple[str, str, str]:
+    """The manifest of an equal stage that has finished; if there is none, else the key of the one to be run."""
     directory = context.path(stage.name)
     needed = [context.manifest(name) for name in stage.needs]
     # Outputs of evaluate decide nothing that follows by their bytes alone, so only what a stage names is hashed.
@@ -174,27 +228,7 @@ def _stage(context: Context, stage: Stage, allow: Sequence[str]) -> Manifest:
         _archive(directory)
     context.say(f"{stage.name} ...")
     directory.mkdir(parents=True, exist_ok=True)
-    began, started = time.perf_counter(), now()
-    try:
-        outcome = stage.run(context, directory)
-    except OSError as error:
-        if isinstance(error, LuthierError):
-            raise
-        raise CrashError(f"stage {stage.name}: {error}; `luthier resume {context.folder}` goes on.") from error
-    manifest = Manifest(
-        stage=stage.name,
-        inputs=key[0],
-        settings=key[1],
-        code=key[2],
-        seed=context.recipe.environment.seed,
-        started=started,
-        seconds=time.perf_counter() - began,
-        findings=outcome.findings,
-        outputs={name: file_digest(directory / name) for name in outcome.outputs if (directory / name).is_file()},
-        facts=outcome.facts,
-    )
-    context.say(f"{stage.name}: {manifest.seconds:.1f} s")
-    return _waive(manifest, allow, directory, write=True)
+    return key
 
 
 def _waive(manifest: Manifest, allow: Sequence[str], directory: Path, write: bool = False) -> Manifest:

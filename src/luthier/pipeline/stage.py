@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict
 
 import luthier
 from luthier.findings import Finding
+from luthier.train.ranks import Ranks
 
 if TYPE_CHECKING:
     from luthier.pipeline.recipe import Recipe
@@ -69,6 +70,7 @@ class Context:
     folder: Path
     say: Callable[[str], None] = lambda text: None
     progress: bool = False
+    ranks: Ranks = field(default_factory=Ranks)
     memory: dict[str, Any] = field(default_factory=dict)  # large things one stage leaves for the next (the base model)
 
     def path(self, stage: str) -> Path:
@@ -90,6 +92,7 @@ class Stage:
 
     name: str
     needs: tuple[str, ...] = ()
+    together: bool = False  # all processes of a launch take part; otherwise the first works and the others wait
 
     def settings(self, recipe: Recipe) -> Any:
         """The part of the recipe that this stage's outcome depends on; json-able."""

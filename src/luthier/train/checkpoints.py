@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from luthier.errors import CrashError, InputError
+from luthier.models.shards import like
 
 
 class Checkpoints:
@@ -44,17 +45,20 @@ class Checkpoints:
     def path(self, step: int) -> Path:
         return self.directory / f"step-{step:08d}"
 
-    def save(self, step: int, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer, state: dict) -> Path:
-        """Write the checkpoint after `step` optimiser steps; `CrashError` on a full disk, older ones untouched."""
+    def save(self, step: int, weights: dict[str, Tensor], moments: dict[str, Tensor], state: dict) -> Path:
+        """Write the checkpoint after `step` optimiser steps; `CrashError` on a full disk, older ones untouched.
+
+        Args:
+            moments, state["optimizer"]: what `flat_optimizer` gives.
+        """
         aside = self.directory / f".writing-{os.getpid()}"
         shutil.rmtree(aside, ignore_errors=True)
         try:
             aside.mkdir(parents=True)
-            moments, scalars = _flat_optimizer(optimizer)
             _save(weights, aside / "weights.safetensors")
             _save(moments, aside / "optimizer.safetensors")
             hashes = {name: file_hash(aside / name) for name in ("weights.safetensors", "optimizer.safetensors")}
-            whole = {**state, "step": step, "optimizer": scalars, "random": random_state(), "sha256": hashes}
+            whole = {**state, "step": step, "random": random_state(), "sha256": hashes}
             (aside / "state.json").write_text(json.dumps(whole), encoding="utf-8")
             for name in (*hashes, "state.json"):
                 _flush(aside / name)
@@ -84,10 +88,13 @@ class Checkpoints:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:
-    """Put back what `Checkpoints.save` took from an optimiser with the same parameter groups."""
+    """Put back what `flat_optimizer` took from an optimiser with the same parameter groups."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Any]] = {}
     for name, value in {**tensors, **scalars["values"]}.items():
         index, _, key = name.partition(".")
+        if isinstance(value, Tensor):
+            value = like(value, parameters[int(index)])
         state.setdefault(int(index), {})[key] = value
     groups = optimizer.state_dict()["param_groups"]
     for group, saved in zip(groups, scalars["groups"], strict=True):
@@ -119,7 +126,8 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _flat_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def flat_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimiser's tensors, named `<index of the parameter>.<name>`, and all else it remembers, json-able."""
     whole = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     values: dict[str, Any] = {}

@@ -8,8 +8,8 @@
 
 `steps()` is a generator that yields one record after each optimiser step; checkpoints, validation and early stopping
 happen between two of them. A run can be killed at any moment: it goes on from its newest checkpoint, and on a CPU
-ends with the same bits as if it had never been stopped. On several devices (one process each, as torchrun starts them)
-each one takes its share of every step's rows; accelerate does the rest.
+ends with the same bits as if it had never been stopped. On several devices (one process each: `accelerate launch`,
+torchrun) each takes its share of every step's rows; DDP or FSDP2, as accelerate is configured, does the rest.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 from torch import Tensor
 from transformers import get_scheduler
@@ -33,8 +33,11 @@ from transformers import get_scheduler
 from luthier.data.batches import Step, plan_epoch
 from luthier.data.collate import pack_batch, pad_batch
 from luthier.errors import CrashError, GateError, InputError
+from luthier.models.shards import gathered, let_go, whole
+from luthier.models.topology import Topology
 from luthier.objectives.base import IGNORED, Objective
-from luthier.train.checkpoints import Checkpoints, restore_optimizer, restore_random_state
+from luthier.train.checkpoints import Checkpoints, flat_optimizer, restore_optimizer, restore_random_state
+from luthier.train.ranks import on_cpu
 from luthier.train.settings import TrainSettings
 from luthier.tune.base import Tuned
 
@@ -114,12 +117,13 @@ class Loop:
         self.tuned, self.objective, self.settings = tuned, objective, settings
         self.train, self.validation = train, validation
         self.directory, self.seed, self.pad_id, self.packing = directory, seed, pad_id, packing
-        AcceleratorState._reset_state()
+        AcceleratorState._reset_state(reset_partial_state=True)  # another loop may have left its own
         self.accelerator = Accelerator(
-            cpu=device == "cpu",
+            cpu=on_cpu(device),
             mixed_precision=settings.mixed_precision,
             log_with=list(trackers) or None,
             project_dir=str(directory) if directory else None,
+            kwargs_handlers=_distributed(tuned),
         )
         if trackers:
             self.accelerator.init_trackers("luthier", config=settings.model_dump(mode="json"))
@@ -130,8 +134,10 @@ class Loop:
         self.steps_per_epoch = math.ceil(len(train) / settings.effective_batch_size)
         self.total = settings.max_steps or max(1, math.ceil(settings.num_train_epochs * self.steps_per_epoch))
         self.learning_rate = settings.learning_rate or tuned.settings.default_learning_rate
-        self.model = self.accelerator.prepare(tuned.model)
-        self.optimizer = self.accelerator.prepare(_optimizer(tuned, settings, self.learning_rate))
+        # Together, so that FSDP2 can exchange the optimiser's parameters for their shards.
+        self.model, self.optimizer = self.accelerator.prepare(
+            tuned.model, _optimizer(tuned, settings, self.learning_rate)
+        )
         warmup = settings.warmup_steps
         if warmup is None:
             warmup = math.ceil(settings.warmup_ratio * self.total)
@@ -174,7 +180,9 @@ class Loop:
             best = self.checkpoints.directory / "best"
             weights, _, _ = Checkpoints(best).load(Checkpoints(best).steps()[-1])
             self.tuned.load_state_dict(weights)
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        self.accelerator.wait_for_everyone()
 
     def resume(self) -> int:
         """Go back to the newest whole checkpoint; returns its step, 0 if there is none."""
@@ -204,7 +212,7 @@ class Loop:
             sum(int(self.train.lengths[i]) for r in step for b in r for i in b),
             sum(len(b) for r in step for b in r),
         )
-        units = self._over_devices(sum(self.objective.units(b) for b in batches))
+        units = self._over_devices([sum(self.objective.units(b) for b in batches)])[0]
         if units == 0:
             raise InputError(
                 "no token of this step carries a label", where=f"step {self.done + 1}", fix="look at the loss mask"
@@ -224,9 +232,11 @@ class Loop:
             for name, (value, weight) in loss.metrics.items():
                 old = sums.get(name, (0.0, 0.0))
                 sums[name] = (old[0] + value, old[1] + weight)
-        mean = self._over_devices(total) / units
+        names = sorted(sums)  # an objective reports the same ones on every device
+        total, *parts = self._over_devices([total, *(part for name in names for part in sums[name])])
+        mean = total / units
         self.tuned.on_grad(self.done)
-        norm = float(self.accelerator.clip_grad_norm_(self.tuned.moving().values(), self.settings.max_grad_norm))
+        norm = float(whole(self.accelerator.clip_grad_norm_(self.tuned.moving().values(), self.settings.max_grad_norm)))
         skippable = self.settings.mixed_precision == "fp16"  # the scaler itself skips steps that overflow
         if not math.isfinite(mean) or (not math.isfinite(norm) and not skippable):
             raise NotFinite(
@@ -237,7 +247,8 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
         self.tuned.on_step_end(self.done)
         self.done += 1
-        metrics = {name: value / weight for name, (value, weight) in sums.items() if weight}
+        pairs = zip(names, parts[::2], parts[1::2], strict=True)
+        metrics = {name: value / weight for name, value, weight in pairs if weight}
         validation = self._validate() if self._due(self.settings.eval_steps or self.steps_per_epoch) else None
         record = StepRecord(self.done, mean, rate, norm, tokens, rows, time.perf_counter() - began, metrics, validation)
         self._keep(record)
@@ -265,11 +276,12 @@ class Loop:
             packing=self.packing,
         )
 
-    def _over_devices(self, value: float) -> float:
+    def _over_devices(self, values: list[float]) -> list[float]:
+        """The sums over all devices."""
         if self.accelerator.num_processes == 1:
-            return value
-        tensor = torch.tensor(value, dtype=torch.float64, device=self.accelerator.device)
-        return float(self.accelerator.reduce(tensor, reduction="sum"))  # type: ignore[arg-type]
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)
+        return self.accelerator.reduce(tensor, reduction="sum").tolist()  # type: ignore[union-attr]
 
     # Between steps
 
@@ -288,12 +300,13 @@ class Loop:
                     loss = self.objective.loss(self.model, self._collate(indices, self.validation))
                     value, units = value + float(loss.value), units + loss.units
         self.model.train()
-        mean = self._over_devices(value) / max(self._over_devices(units), 1.0)
+        let_go(self.model)
+        value, units = self._over_devices([value, units])
+        mean = value / max(units, 1.0)
         if self.best is None or mean < self.best:
             self.best, self.since_best = mean, 0
-            if self.settings.load_best_model_at_end and self.checkpoints and self.accelerator.is_main_process:
-                best = Checkpoints(self.checkpoints.directory / "best", keep=1)
-                best.save(self.done, self.tuned.state_dict(), _inner(self.optimizer), self._state())
+            if self.settings.load_best_model_at_end and self.checkpoints:
+                self._save(Checkpoints(self.checkpoints.directory / "best", keep=1))
         else:
             self.since_best += 1
         patience = self.settings.early_stopping_patience
@@ -308,15 +321,22 @@ class Loop:
                 file.write(json.dumps(asdict(record)) + "\n")
             numbers = {"loss": record.loss, "learning_rate": record.learning_rate, "grad_norm": record.grad_norm}
             self.accelerator.log(numbers | record.metrics, step=record.step)
-        leaving = self._stop is not None
+        leaving = self._over_devices([float(self._stop is not None)])[0] > 0
         if self.checkpoints and (leaving or self._due(self.settings.save_steps or SAVE_EVERY) or self.stopped_early):
-            if self.accelerator.is_main_process:
-                self.checkpoints.save(self.done, self.tuned.state_dict(), _inner(self.optimizer), self._state())
-            self.accelerator.wait_for_everyone()
+            self._save(self.checkpoints)
         if leaving and self.done < self.total:
-            raise Interrupted(
-                f"stopped by {self._stop} after step {self.done} of {self.total}; a checkpoint was written."
-            )
+            by = self._stop or "a signal to another process"
+            raise Interrupted(f"stopped by {by} after step {self.done} of {self.total}; a checkpoint was written.")
+
+    def _save(self, checkpoints: Checkpoints) -> None:
+        """A checkpoint of this moment, written by the first process with what all of them hold."""
+        main = self.accelerator.is_main_process
+        weights = gathered(self.tuned.state_dict(), main)
+        moments, scalars = flat_optimizer(_inner(self.optimizer))
+        moments = gathered(moments, main)
+        if main:
+            checkpoints.save(self.done, weights, moments, self._state() | {"optimizer": scalars})
+        self.accelerator.wait_for_everyone()
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -350,6 +370,12 @@ class Loop:
 def _inner(optimizer: Any) -> torch.optim.Optimizer:
     """The optimiser below accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)
+
+
+def _distributed(tuned: Tuned) -> list[Any]:
+    """Experts that no token of a step went to have no gradient; only then must DDP look for such parameters."""
+    sparse = any(block.experts.count for block in Topology.of(tuned.base_model).blocks)
+    return [DistributedDataParallelKwargs(find_unused_parameters=sparse)]
 
 
 def _optimizer(tuned: Tuned, settings: TrainSettings, learning_rate: float) -> torch.optim.Optimizer:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from luthier.errors import InputError
 from luthier.methods import Method
+from luthier.models.shards import like
 from luthier.models.topology import Topology
 
 Batches = Callable[[], Iterable[dict[str, Tensor]]]
@@ -111,7 +112,7 @@ class Tuned:
             raise InputError(f"the checkpoint holds other parameters than this tuning moves: {', '.join(names[:6])}")
         with torch.no_grad():
             for name, parameter in moving.items():
-                parameter.copy_(state[name])
+                parameter.copy_(like(state[name], parameter))
 
     def extra_state(self) -> dict[str, Any]:
         """What else the tuning must remember between steps; json-able."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from luthier.errors import GateError, InputError
+from luthier.errors import CrashError, GateError, InputError
 from luthier.findings import Finding
 from luthier.models import count, estimate
 from luthier.pipeline.recipe import Recipe, dump_recipe
@@ -28,6 +28,7 @@ class EnvironmentStage(Stage):
 
     name = "environment"
     needs = ("data", "model")
+    together = True
 
     def settings(self, recipe: Recipe) -> Any:
         return {
@@ -37,9 +38,10 @@ class EnvironmentStage(Stage):
 
     def run(self, context: Context, directory: Path) -> Outcome:
         recipe = context.recipe
-        write_text(directory / "train.yaml", dump_recipe(recipe))
         findings, facts = self._dry_run(context)
-        write_json(directory / "env.json", machine())
+        if not context.ranks.rank:
+            write_text(directory / "train.yaml", dump_recipe(recipe))
+            write_json(directory / "env.json", machine() | {"processes": context.ranks.world})
         return Outcome(findings, facts | {"versions": versions()}, ["train.yaml"])
 
     def _dry_run(self, context: Context) -> tuple[list[Finding], dict[str, Any]]:
@@ -52,7 +54,7 @@ class EnvironmentStage(Stage):
             findings.append(
                 Finding(level="warn", code="environment.few_steps", message=text, value=loop.total, limit=20)
             )
-        findings += self._memory(context, loaded, loop)
+        findings += context.ranks.first(lambda: self._memory(context, loaded, loop))
         if any(f.level == "error" for f in findings):
             return findings, facts
         began = time.perf_counter()
@@ -64,12 +66,14 @@ class EnvironmentStage(Stage):
             findings.append(Finding(level="error", code="environment.not_finite", message=str(error)))
             return findings, facts
         except (torch.OutOfMemoryError, MemoryError) as error:
+            if context.ranks.world > 1:  # the other processes wait inside the step for ever
+                raise CrashError(f"two steps do not fit into the memory of process {context.ranks.rank}.") from error
             text = f"two steps do not fit into memory ({error}); lower tune.train.max_tokens_per_device"
             findings.append(Finding(level="error", code="environment.memory", message=text))
             return findings, facts
         seconds = time.perf_counter() - began
         facts["seconds_per_step"] = seconds / max(1, len(losses))
-        if seconds < REPEAT_BELOW:
+        if context.ranks.agree(seconds) < REPEAT_BELOW:
             again = make_loop(context, load_base(context), context.recipe.tune[0], directory=None)
             same = [record.loss for _, record in zip(range(2), again.steps(), strict=False)] == losses
             facts["deterministic"] = same
@@ -91,6 +95,8 @@ class EnvironmentStage(Stage):
             checkpointing=train.gradient_checkpointing,
         ).total
         have = available_memory(loop.accelerator.device)
+        if loop.accelerator.device.type == "cpu":
+            have //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # the processes of this machine share it
         text = f"training needs about {need / 2**30:.1f} GiB, the machine has {have / 2**30:.1f} GiB free"
         if need > have:
             text += "; lower tune.train.max_tokens_per_device or set gradient_checkpointing: true"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import time
 from collections.abc import Iterable
@@ -12,17 +13,18 @@ import torch
 import xxhash
 
 from luthier.data.store import Encodings
-from luthier.errors import GateError
+from luthier.errors import GateError, InputError
 from luthier.findings import Finding
 from luthier.models import Loaded
 from luthier.models.files import write_aside
+from luthier.models.shards import gathered, is_sharded, part_here
 from luthier.models.topology import Topology
 from luthier.pipeline.progress import training_progress
 from luthier.pipeline.recipe import Phase, Recipe
 from luthier.pipeline.stage import Context, Outcome, Stage
 from luthier.pipeline.stages.model import load_base, pad_id
 from luthier.train import Loop
-from luthier.tune import Probe
+from luthier.tune import Probe, Tuned
 from luthier.tune.base import share_that_moves
 
 
@@ -31,6 +33,7 @@ class TuneStage(Stage):
 
     name = "tune"
     needs = ("data", "model", "environment")
+    together = True
 
     def settings(self, recipe: Recipe) -> Any:
         return {"tune": [p.model_dump(mode="json") for p in recipe.tune], "seed": recipe.environment.seed}
@@ -40,7 +43,7 @@ class TuneStage(Stage):
         loaded = load_base(context)
         findings: list[Finding] = []
         facts: dict[str, Any] = {"phases": []}
-        shutil.rmtree(directory / "tuned", ignore_errors=True)
+        context.ranks.first(lambda: shutil.rmtree(directory / "tuned", ignore_errors=True))
         for number, phase in enumerate(recipe.tune, start=1):
             last = number == len(recipe.tune)
             loop = make_loop(context, loaded, phase, directory=directory / f"phase-{number}", phase_number=number)
@@ -57,7 +60,7 @@ class TuneStage(Stage):
                 return Outcome(findings, facts)
             history = read_metrics(loop.directory / "metrics.jsonl")
             findings += _judge(history, number)
-            if _fingerprint(loop.tuned.frozen().values()) != frozen:
+            if context.ranks.agree(_fingerprint(loop.tuned.frozen().values()) != frozen):
                 text = "weights that should have stayed frozen have changed"
                 findings.append(Finding(level="error", code="tune.frozen_changed", message=text))
             if loop.stopped_early:
@@ -70,28 +73,54 @@ class TuneStage(Stage):
                 "train_seconds": sum(r["seconds"] for r in history),
             }
             facts["phases"].append(phase_facts)
-            if last and len(recipe.tune) == 1:
-                with write_aside(directory / "tuned") as aside:
-                    facts["format"] = loop.tuned.save(aside)
+            tuned = _in_one_piece(context, loop, phase)
+            if len(recipe.tune) == 1:
+                facts["format"] = context.ranks.first(lambda tuned=tuned: _save(tuned, directory / "tuned"))  # type: ignore[misc]
             else:
-                model = loop.tuned.merged()
+                model = tuned.merged()
                 loaded.model, loaded.topology = model, Topology.of(model)
                 if last:
-                    with write_aside(directory / "tuned") as aside:
-                        model.save_pretrained(aside)  # type: ignore[operator]
-                    facts["format"] = "model"
+                    facts["format"] = context.ranks.first(lambda: _save(loaded.model, directory / "tuned"))
+            del loop, tuned  # with the optimiser's memory and the hooks that bind processes together
+            gc.collect()
         files = [p.relative_to(directory).as_posix() for p in sorted((directory / "tuned").rglob("*.safetensors"))]
-        facts["peak_memory"] = peak_memory()
+        facts["peak_memory"] = int(context.ranks.agree(peak_memory()))
         return Outcome(findings, facts, files)
+
+
+def _save(outcome: Any, directory: Path) -> str:
+    """Write a `Tuned`, or a plain model, whole into `directory`; returns the format."""
+    with write_aside(directory) as aside:
+        if isinstance(outcome, Tuned):
+            return outcome.save(aside)
+        outcome.save_pretrained(aside)
+        return "model"
+
+
+def _in_one_piece(context: Context, loop: Loop, phase: Phase) -> Tuned:
+    """What the loop has tuned; where its weights are cut into shards, rank 0 gets a fresh copy with all of them."""
+    if not is_sharded(loop.tuned.model.parameters()):
+        return loop.tuned
+    weights = gathered(loop.tuned.state_dict(), keep=not context.ranks.rank)
+    if context.ranks.rank:
+        return loop.tuned  # not used: only the first process writes
+    copy = _attached(context, load_base(context), phase, context.recipe.environment.seed)
+    copy.load_state_dict(weights)
+    copy.load_extra_state(loop.tuned.extra_state())
+    return copy
+
+
+def _attached(context: Context, loaded: Loaded, phase: Phase, seed: int) -> Tuned:
+    torch.manual_seed(seed)
+    return phase.tuning.attach(loaded.model, Probe(loaded.topology, seed))  # type: ignore[attr-defined]
 
 
 def make_loop(context: Context, loaded: Loaded, phase: Phase, *, directory: Path | None, phase_number: int = 1) -> Loop:
     """Attach a phase's tuning to a freshly loaded model and set up its loop."""
     recipe, seed = context.recipe, context.recipe.environment.seed + phase_number - 1
-    torch.manual_seed(seed)
-    tuned = phase.tuning.attach(loaded.model, Probe(loaded.topology, seed))  # type: ignore[attr-defined]
+    tuned = _attached(context, loaded, phase, seed)
     encoded = {name: Encodings(context.path("model") / name) for name in ("train", "validation")}
-    return Loop(
+    loop = Loop(
         tuned,
         phase.objective,  # type: ignore[arg-type]
         phase.train,
@@ -104,6 +133,13 @@ def make_loop(context: Context, loaded: Loaded, phase: Phase, *, directory: Path
         device=recipe.environment.device,
         trackers=recipe.environment.trackers if directory else (),
     )
+    if len(recipe.tune) > 1 and is_sharded(tuned.model.parameters()):
+        raise InputError(
+            "several phases cannot follow each other on a sharded model",
+            where="tune",
+            fix="start the phases as runs of their own, or launch without FSDP",
+        )
+    return loop
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -144,5 +180,5 @@ def _fingerprint(parameters: Iterable[torch.Tensor]) -> str:
     """A hash over tensors' bytes, in order."""
     whole = xxhash.xxh3_128()
     for parameter in parameters:
-        whole.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        whole.update(part_here(parameter.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return whole.hexdigest()
