@@ -42,7 +42,7 @@ class ModelStage(Stage):
                 where="model.kind",
                 fix="the objective sft needs a causal language model",
             )
-        findings = [_known(f) for f in check(loaded)]
+        findings = check(loaded)
         if any(f.level == "error" for f in findings):
             return Outcome(findings, {"model": loaded.facts})
         encoded = {}
@@ -86,10 +86,6 @@ def pad_id(loaded: Loaded) -> int:
     """What fills rows up; any id will do for a causal model."""
     value = loaded.facts.get("pad", {}).get("id")
     return 0 if value is None else int(value)
-
-
-def _known(finding: Finding) -> Finding:
-    return finding
 
 
 def _sane(loaded: Loaded, train: Encodings) -> list[Finding]:
