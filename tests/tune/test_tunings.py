@@ -1,7 +1,11 @@
 """One table of laws for every tuning."""
 
+import copy
+import json
+
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from luthier.errors import InputError
@@ -12,6 +16,8 @@ from luthier.tune import Full, Lora, Probe
 
 TUNINGS = [{"method": "full"}, {"method": "full", "train_embeddings": False}, {"method": "lora", "rank": 4}]
 TUNINGS += [{"method": "lora", "rank": 2, "targets": "attention", "peft": {"use_dora": True}}]
+TUNINGS += [{"method": "hft"}, {"method": "hft", "granularity": "model", "redraw": "epoch", "train_norms": "none"}]
+TUNINGS += [{"method": "lisa", "active_layers": 1, "interval": 1}, {"method": "lisa", "train_embeddings": False}]
 
 
 def make():
@@ -32,14 +38,19 @@ def batch():
     return {"input_ids": ids, "labels": ids.clone()}
 
 
-def step(tuned, rate=0.05):
-    optimizer = torch.optim.SGD(tuned.parameter_groups(0.0), lr=rate)
-    for number in range(2):
-        loss = Sft().loss(tuned.model, batch())
-        loss.value.backward()
+def step(tuned, steps=2, rate=0.05, first=0, optimizer=None):
+    """A few steps as the loop makes them; weight decay on, so that what should rest is tempted."""
+    if optimizer is None:
+        optimizer = torch.optim.AdamW(tuned.parameter_groups(0.1), lr=rate)
+        tuned.on_phase_begin(optimizer, steps_per_epoch=2)
+    for number in range(first, first + steps):
+        tuned.on_step_begin(number)
+        Sft().loss(tuned.model, batch()).value.backward()
         tuned.on_grad(number)
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=True)
+        tuned.on_step_end(number)
+    return optimizer
 
 
 @pytest.mark.parametrize("settings", TUNINGS, ids=str)
@@ -69,6 +80,7 @@ class TestLaws:
     def test_merged_computes_the_same(self, settings):
         tuned = attach(settings)
         step(tuned)
+        tuned.on_phase_end()
         with torch.no_grad():
             before = tuned.model(**batch()).logits
             after = tuned.merged()(**batch()).logits
@@ -77,6 +89,38 @@ class TestLaws:
     def test_same_seed_same_start(self, settings):
         a, b = attach(settings, 3), attach(settings, 3)
         assert all(torch.equal(x, y) for x, y in zip(a.moving().values(), b.moving().values(), strict=True))
+
+    def test_a_step_without_gradient_memory_leaves_none(self, settings):
+        tuned = attach(settings)
+        optimizer = step(tuned)
+        with_state = {id(p) for p in optimizer.state}
+        assert with_state <= {id(p) for p in tuned.moving().values()}
+        assert all(p.grad is None for p in tuned.model.parameters())
+
+    def test_a_resumed_phase_goes_on_as_if_never_stopped(self, settings):
+        whole, broken, again = attach(settings), attach(settings), attach(settings)
+        step(whole, 5)
+        optimizer = step(broken, 3)
+        other = torch.optim.AdamW(again.parameter_groups(0.1), lr=0.05)
+        again.on_phase_begin(other, steps_per_epoch=2)
+        again.load_state_dict({k: v.clone() for k, v in broken.state_dict().items()})
+        again.load_extra_state(json.loads(json.dumps(broken.extra_state())))
+        other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        step(again, 2, first=3, optimizer=other)
+        for a, b in zip(whole.moving().values(), again.moving().values(), strict=True):
+            assert torch.equal(a, b)
+
+    def test_saved_and_loaded_computes_the_same(self, settings, tmp_path):
+        tuned = attach(settings)
+        step(tuned)
+        kind = tuned.save(tmp_path)
+        if kind == "adapter":
+            loaded = PeftModel.from_pretrained(make(), tmp_path).eval()
+        else:
+            loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+        with torch.no_grad():
+            a, b = tuned.model(**batch()).logits, loaded(**batch()).logits
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
     def test_groups_hold_each_moving_parameter_once(self, settings):
         tuned = attach(settings)

@@ -14,10 +14,12 @@ _WHERE = {
     "StepRecord": "luthier.train.loop",
     "Interrupted": "luthier.train.loop",
     "Checkpoints": "luthier.train.checkpoints",
+    "TuningCallback": "luthier.train.callback",
 }
-__all__ = ["Checkpoints", "Interrupted", "Loop", "StepRecord", "TrainSettings"]
+__all__ = ["Checkpoints", "Interrupted", "Loop", "StepRecord", "TrainSettings", "TuningCallback"]
 
 if TYPE_CHECKING:
+    from luthier.train.callback import TuningCallback
     from luthier.train.checkpoints import Checkpoints
     from luthier.train.loop import Interrupted, Loop, StepRecord
     from luthier.train.settings import TrainSettings

@@ -138,6 +138,7 @@ class Loop:
         self.model, self.optimizer = self.accelerator.prepare(
             tuned.model, _optimizer(tuned, settings, self.learning_rate)
         )
+        tuned.on_phase_begin(_inner(self.optimizer), self.steps_per_epoch)
         warmup = settings.warmup_steps
         if warmup is None:
             warmup = math.ceil(settings.warmup_ratio * self.total)
@@ -373,9 +374,10 @@ def _inner(optimizer: Any) -> torch.optim.Optimizer:
 
 
 def _distributed(tuned: Tuned) -> list[Any]:
-    """Experts that no token of a step went to have no gradient; only then must DDP look for such parameters."""
-    sparse = any(block.experts.count for block in Topology.of(tuned.base_model).blocks)
-    return [DistributedDataParallelKwargs(find_unused_parameters=sparse)]
+    """Experts that no token of a step went to, and blocks that rest, have no gradient; only then must DDP look for
+    such parameters."""
+    some = tuned.switches or any(block.experts.count for block in Topology.of(tuned.base_model).blocks)
+    return [DistributedDataParallelKwargs(find_unused_parameters=some)]
 
 
 def _optimizer(tuned: Tuned, settings: TrainSettings, learning_rate: float) -> torch.optim.Optimizer:

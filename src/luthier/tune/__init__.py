@@ -9,20 +9,29 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-METHODS = {"full": "luthier.tune.full:Full", "lora": "luthier.tune.lora:Lora"}
+METHODS = {
+    "full": "luthier.tune.full:Full",
+    "hft": "luthier.tune.hft:Hft",
+    "lisa": "luthier.tune.lisa:Lisa",
+    "lora": "luthier.tune.lora:Lora",
+}
 
 _WHERE = {
     "Tuning": "luthier.tune.base",
     "Tuned": "luthier.tune.base",
     "Probe": "luthier.tune.base",
     "Full": "luthier.tune.full",
+    "Hft": "luthier.tune.hft",
+    "Lisa": "luthier.tune.lisa",
     "Lora": "luthier.tune.lora",
 }
-__all__ = ["METHODS", "Full", "Lora", "Probe", "Tuned", "Tuning"]
+__all__ = ["METHODS", "Full", "Hft", "Lisa", "Lora", "Probe", "Tuned", "Tuning"]
 
 if TYPE_CHECKING:
     from luthier.tune.base import Probe, Tuned, Tuning
     from luthier.tune.full import Full
+    from luthier.tune.hft import Hft
+    from luthier.tune.lisa import Lisa
     from luthier.tune.lora import Lora
 
 

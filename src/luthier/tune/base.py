@@ -2,6 +2,7 @@
 
 One optimiser step of the loop, seen from here:
 
+    tuned.on_phase_begin(...)      once, before the first step: here is the optimiser
     tuned.on_step_begin(step)      what moves in this step may still be changed (layer sampling)
     ... forward and backward of all micro-batches ...
     tuned.on_grad(step)            gradients are whole, not yet clipped (masks act here)
@@ -58,7 +59,13 @@ class Tuning(Method):
 
 
 class Tuned:
-    """A model with a tuning attached. The defaults here are those of a tuning that moves plain parameters."""
+    """A model with a tuning attached. The defaults here are those of a tuning that moves plain parameters.
+
+    Attributes:
+        switches: whether other parameters have gradients in other steps (distributed wrappers must know).
+    """
+
+    switches: ClassVar[bool] = False
 
     def __init__(self, settings: Tuning, model: nn.Module, base_model: nn.Module):
         self.settings = settings
@@ -75,7 +82,8 @@ class Tuned:
 
     def frozen(self) -> dict[str, nn.Parameter]:
         """All other parameters, by name in `self.model`."""
-        return {name: p for name, p in self.model.named_parameters() if not p.requires_grad}
+        moving = self.moving()
+        return {name: p for name, p in self.model.named_parameters() if name not in moving}
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Groups for an optimiser: weight decay acts on matrices, not on vectors (norms, biases)."""
@@ -85,6 +93,9 @@ class Tuned:
         return [group for group in groups if group["params"]]
 
     # Hooks of the loop
+
+    def on_phase_begin(self, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> None:
+        """Before the first step, and before a checkpoint is read: the optimiser that will step `moving()`."""
 
     def on_step_begin(self, step: int) -> None:
         """Before the first micro-batch of optimiser step `step`."""

@@ -8,12 +8,12 @@ saves their moments and keeps rare tokens from drifting.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import ClassVar, Literal
 
 from torch import nn
 
 from luthier.tune.base import Probe, Tuned, Tuning
+from luthier.tune.whole import WholeModel
 
 
 class Full(Tuning):
@@ -30,18 +30,7 @@ class Full(Tuning):
             tied = any(name in group and _holds_embedding(group, probe) for group in probe.topology.tied)
             embedding = region == "embedding" or tied
             parameter.requires_grad_(parameter.is_floating_point() and (self.train_embeddings or not embedding))
-        return FullTuned(self, model, model)
-
-
-class FullTuned(Tuned):
-    """The model itself; saved as a whole."""
-
-    def save(self, directory: Path) -> str:
-        self.model.save_pretrained(directory)  # type: ignore[operator]
-        return "model"
-
-    def merged(self) -> nn.Module:
-        return self.model.requires_grad_(False)
+        return WholeModel(self, model, model)
 
 
 def _holds_embedding(group: tuple[str, ...] | list[str], probe: Probe) -> bool:

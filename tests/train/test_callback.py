@@ -1,0 +1,92 @@
+"""Tunings inside other people's loops: transformers' Trainer and TRL's SFTTrainer."""
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainerCallback, TrainingArguments
+
+from luthier.models.topology import Topology
+from luthier.train import TuningCallback
+from luthier.tune import Hft, Lisa, Probe
+from luthier.tune.lisa import draw
+from luthier.worlds import tiny
+
+STEPS = 8
+
+
+class Watch(TrainerCallback):
+    """After the tuning's own: which blocks move in each step, and what the optimiser remembers."""
+
+    def __init__(self):
+        self.active, self.held = [], 0
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        layers = model.model.layers
+        moving = [i for i, block in enumerate(layers) if all(p.grad is not None for p in block.parameters())]
+        assert not any(p.grad is not None for i, b in enumerate(layers) if i not in moving for p in b.parameters())
+        self.active.append(moving)
+
+    def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+        self.held = max(self.held, sum(p.numel() for p in optimizer.state))
+
+
+def model():
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+    return AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=64, **shape))
+
+
+def arguments(folder, **more):
+    given = {"max_steps": STEPS, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "use_cpu": True}
+    return {"output_dir": str(folder), "save_strategy": "no", "report_to": [], "disable_tqdm": True, **given, **more}
+
+
+def rows():
+    random = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 64, (40, 9), generator=random).tolist()
+    return Dataset.from_dict({"input_ids": ids, "labels": ids})
+
+
+def check(tuned, watch):
+    assert watch.active == [draw(len(tuned.blocks), 1, (3, 0, step // 2)) for step in range(STEPS)]
+    sizes = {name: p.numel() for name, p in tuned.model.named_parameters()}
+    outside = sum(sizes[name] for name in tuned.always)
+    assert watch.held == outside + max(sum(sizes[n] for n in block) for block in tuned.blocks)
+
+
+def test_lisa_in_transformers_trainer(tmp_path):
+    tuned = Lisa(active_layers=1, interval=2).attach(base := model(), Probe(Topology.of(base), seed=3))
+    watch = Watch()
+    args = TrainingArguments(**arguments(tmp_path))
+    Trainer(model=tuned.model, args=args, train_dataset=rows(), callbacks=[TuningCallback(tuned), watch]).train()
+    check(tuned, watch)
+
+
+def test_lisa_in_trls_sft_trainer(tmp_path):
+    trl = pytest.importorskip("trl")
+    from transformers import AutoTokenizer
+
+    base = AutoModelForCausalLM.from_pretrained(tiny.folder())
+    tokenizer = AutoTokenizer.from_pretrained(tiny.folder())
+    tuned = Lisa(active_layers=1, interval=2).attach(base, Probe(Topology.of(base), seed=3))
+    watch = Watch()
+    args = trl.SFTConfig(**arguments(tmp_path, bf16=False, max_length=64))
+    data = Dataset.from_dict({"prompt": ["What is 2 + 2?"] * 40, "completion": [" 4"] * 40})
+    trainer = trl.SFTTrainer(
+        model=tuned.model,
+        args=args,
+        train_dataset=data,
+        processing_class=tokenizer,
+        callbacks=[TuningCallback(tuned), watch],
+    )
+    trainer.train()
+    check(tuned, watch)
+
+
+def test_half_of_the_matrices_stay_in_transformers_trainer(tmp_path):
+    tuned = Hft().attach(base := model(), Probe(Topology.of(base)))
+    before = {name: p.detach().clone() for name, p in tuned.model.named_parameters()}
+    args = TrainingArguments(**arguments(tmp_path, weight_decay=0.1, learning_rate=1e-3))
+    Trainer(model=tuned.model, args=args, train_dataset=rows(), callbacks=[TuningCallback(tuned)]).train()
+    for name, p in tuned.model.named_parameters():
+        assert torch.equal(p, before[name]) == (name in tuned.selection.frozen)
