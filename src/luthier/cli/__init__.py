@@ -166,12 +166,13 @@ def methods(
         if not papers:
             known = [*here, *(p.name for p in catalogue.catalogue())]
             raise InputError(f"there is no method {name!r}", fix=did_you_mean(name, known))
-    rows = [
-        {"name": n, "room": r, "paper": None, "status": "ready"}
-        for n, r in here.items()
-        if name is None and room in (None, r)
-    ]
-    rows += [{"paper": p.pop("number"), **p} for p in papers]
+    rows = [{"paper": p.pop("number"), **p} for p in papers]
+    listed = {row["name"] for row in rows}
+    for n, r in here.items():  # members of a study, and methods that are no paper's
+        if name is None and room in (None, r) and n not in listed:
+            kind = catalogue.find(r, n)
+            title = (kind.__doc__ or "").strip().partition("\n")[0].rstrip(".")
+            rows.append({"paper": kind.paper, "name": n, "title": title, "room": r, "status": "ready"})
     if as_json:
         _show(rows)
         return
@@ -179,6 +180,23 @@ def methods(
         print(
             f"{row['paper'] or '-':>3}  {row['status']:<8} {row['room']:<11} {row['name']:<28} {row.get('title', '')}"
         )
+
+
+@app.command(epilog="Examples: luthier prove lisa | luthier prove 36 48 --seeds 0 | luthier prove --list")
+def prove(
+    names: Annotated[list[str] | None, typer.Argument(help="Papers, by name or number; `all` for every one.")] = None,
+    seeds: Annotated[str | None, typer.Option("--seeds", help="Such as 0,1; by default the proof's own.")] = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the records.")] = Path("proofs"),
+    listed: Annotated[bool, typer.Option("--list", help="What is recorded, without running anything.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run the small experiment of a paper, judge its claims, and write down what came out."""
+    from luthier.cli.prove import list_records, prove_all
+
+    if listed or not names:
+        list_records(as_json)
+    else:
+        raise typer.Exit(prove_all(names, seeds, out, as_json))
 
 
 @app.command(epilog="Example: luthier recipes --json")

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -376,6 +377,8 @@ def _inner(optimizer: Any) -> torch.optim.Optimizer:
 def _distributed(tuned: Tuned) -> list[Any]:
     """Experts that no token of a step went to, and blocks that rest, have no gradient; only then must DDP look for
     such parameters."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return []
     some = tuned.switches or any(block.experts.count for block in Topology.of(tuned.base_model).blocks)
     return [DistributedDataParallelKwargs(find_unused_parameters=some)]
 

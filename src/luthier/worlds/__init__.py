@@ -1,5 +1,7 @@
 """Small exact worlds with graders, and the packaged model and texts that demos, tests and proofs stand on.
 
+    facts         120 subjects, 8 relations: a tiny decoder knows 840 facts by heart and is taught 120 more
+    digits        the handwritten digits of scikit-learn, and small networks that read them
     arithmetic    eight chat skills with one right answer each; four that the tiny model knows, four to teach it
     reasoning     puzzles of the package reasoning-gym with its own scorers
     everyday      what anybody knows: does a tuned chat model still answer it?
@@ -18,10 +20,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["arithmetic", "everyday", "parts", "reasoning", "text", "tiny"]
+__all__ = ["arithmetic", "digits", "everyday", "facts", "parts", "reasoning", "text", "tiny"]
 
 if TYPE_CHECKING:
-    from luthier.worlds import arithmetic, everyday, parts, reasoning, text, tiny
+    from luthier.worlds import arithmetic, digits, everyday, facts, parts, reasoning, text, tiny
 
 
 def __getattr__(name: str) -> Any:
