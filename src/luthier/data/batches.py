@@ -11,7 +11,7 @@ Because the loss of a step is a sum over tokens divided once, cutting a step dif
 A batch costs rows x its longest row, so rows of like length belong together. But sorting the whole epoch would show
 the model all short rows first. Length bucketing does both: shuffle, take runs of 50 steps' worth of rows, sort inside
 each run, cut it into steps, shuffle the steps. Inside a step rows are always sorted, dealt to the ranks in turn (so
-that each gets the same mix of lengths) and cut from the longest on.
+that each gets the same mix of lengths) and cut where that costs the fewest tokens.
 
 Packing puts whole examples end to end in one row of at most `tokens_per_batch` tokens instead of padding them, by
 first-fit decreasing: the longest first, each into the first bin with room. It wastes next to nothing on any mix of
@@ -102,13 +102,28 @@ def _steps(
 
 
 def _pad(rows: list[int], sizes: list[int], budget: int) -> list[MicroBatch]:
-    """Cut `rows`, longest first, into micro-batches whose longest row times rows stays within `budget`."""
-    batches, start = [], 0
-    while start < len(rows):
-        count = max(1, budget // max(1, sizes[start]))
-        batches.append(rows[start : start + count])
-        start += count
-    return batches
+    """Cut `rows`, longest first, into micro-batches of at most `budget` tokens, padding included, at the least cost.
+
+    A micro-batch costs its rows times its longest row, and besides as much as `budget` / 16 tokens, since each forward
+    pass has work of its own. The best cuts before each row follow from those before the rows above it.
+    """
+    costs = np.zeros(len(rows) + 1)
+    starts = np.zeros(len(rows) + 1, dtype=np.int64)
+    longest = np.asarray(sizes, dtype=np.int64)
+    widest = max(1, budget // max(1, min(sizes, default=1)))
+    for end in range(1, len(rows) + 1):
+        begin = np.arange(max(0, end - widest), end)
+        padded = longest[begin] * (end - begin)
+        total = costs[begin] + padded + budget / 16
+        total[(padded > budget) & (begin < end - 1)] = np.inf
+        best = int(total.argmin())
+        costs[end], starts[end] = total[best], begin[best]
+    batches: list[MicroBatch] = []
+    end = len(rows)
+    while end:
+        batches.append(rows[starts[end] : end])
+        end = int(starts[end])
+    return batches[::-1]
 
 
 def _pack(rows: list[int], sizes: list[int], budget: int) -> list[MicroBatch]:
