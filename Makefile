@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo demo-tiny test quick lint types floors docs setup clean
+.PHONY: demo demo-tiny test quick lint types floors bench docs setup clean
 
 demo: $(VENV)/.ready
 	$(RUN) $(BIN)/luthier run quickstart
@@ -27,6 +27,9 @@ types: $(VENV)/.ready
 
 floors: $(VENV)/.ready
 	$(BIN)/lint-imports
+
+bench: $(VENV)/.ready
+	$(RUN) $(BIN)/python benchmarks/speed.py
 
 docs: $(VENV)/.ready
 	$(BIN)/mkdocs build --strict

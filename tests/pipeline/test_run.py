@@ -224,3 +224,22 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(recipe, tmp_path,
         read_manifest(manifest.parent)
     again = resume(next(runs.iterdir()), **HERE)
     assert again.exit_code == 0, again.summary
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_delta_leads_from_the_base_to_the_release(finished, merge, tmp_path):
+    from luthier.weights import Delta, Weights, content_hash
+
+    recipe, first = finished
+    words = ["deploy.delta=true", f"deploy.merge={str(merge).lower()}"]
+    result = run(recipe, words, runs=first.folder.parent, **HERE)
+    assert result.exit_code == 0 and "deploy.no_delta" not in codes(result, "warn")
+    base = read_manifest(result.folder / "2-model").facts["model"]["folder"]
+    delta = Delta.open(result.folder / "6-deploy" / "delta")
+    assert delta.about["kind"] == ("exact" if merge else "low-rank")
+    delta.apply(base, tmp_path / "tuned")
+    delta.remove(tmp_path / "tuned", tmp_path / "back")
+    assert content_hash(Weights.open(tmp_path / "back")) == content_hash(Weights.open(base))
+    if merge:
+        release = Weights.open(result.folder / "6-deploy" / "release")
+        assert content_hash(Weights.open(tmp_path / "tuned")) == content_hash(release)

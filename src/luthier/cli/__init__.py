@@ -19,6 +19,7 @@ from typing import Annotated, Any
 
 import typer
 
+from luthier.cli.delta import app as delta_commands
 from luthier.errors import ElsewhereError, InputError, LuthierError
 
 app = typer.Typer(
@@ -28,6 +29,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(delta_commands)
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings to change, such as tune.rank=8.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -107,19 +107,23 @@ def _pad(rows: list[int], sizes: list[int], budget: int) -> list[MicroBatch]:
     A micro-batch costs its rows times its longest row, and besides as much as `budget` / 16 tokens, since each forward
     pass has work of its own. The best cuts before each row follow from those before the rows above it.
     """
-    costs = np.zeros(len(rows) + 1)
-    starts = np.zeros(len(rows) + 1, dtype=np.int64)
-    longest = np.asarray(sizes, dtype=np.int64)
-    widest = max(1, budget // max(1, min(sizes, default=1)))
-    for end in range(1, len(rows) + 1):
-        begin = np.arange(max(0, end - widest), end)
-        padded = longest[begin] * (end - begin)
-        total = costs[begin] + padded + budget / 16
-        total[(padded > budget) & (begin < end - 1)] = np.inf
+    count = len(rows)
+    if not count:
+        return []
+    whole, each = sizes[0] * count, budget / 16
+    if whole <= budget and whole <= sum(sizes) + each:  # one batch costs no more than two without any padding would
+        return [rows]
+    costs, starts = np.zeros(count + 1), np.zeros(count + 1, dtype=np.int64)
+    longest, places = np.asarray(sizes, dtype=np.int64), np.arange(count)
+    first = 0
+    for end in range(1, count + 1):
+        while first < end - 1 and sizes[first] * (end - first) > budget:  # never fits again with more rows
+            first += 1
+        total = costs[first:end] + longest[first:end] * (end - places[first:end])
         best = int(total.argmin())
-        costs[end], starts[end] = total[best], begin[best]
+        costs[end], starts[end] = total[best] + each, first + best
     batches: list[MicroBatch] = []
-    end = len(rows)
+    end = count
     while end:
         batches.append(rows[starts[end] : end])
         end = int(starts[end])

@@ -46,9 +46,11 @@ class EnvironmentSettings(Section):
 
 
 class DeploySettings(Section):
-    """What is released: `merge` folds an adapter into the weights, so that the release is a model of its own."""
+    """What is released: `merge` folds an adapter into the weights, so that the release is a model of its own; `delta`
+    also writes what leads from the base to the release, exact to the last bit."""
 
     merge: bool = False
+    delta: bool = False
 
 
 class MonitorSettings(Section):

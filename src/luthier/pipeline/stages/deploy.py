@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from luthier.data.encode import prompt_ids
 from luthier.data.rows import Rows
 from luthier.data.store import Encodings
+from luthier.errors import InputError
+from luthier.findings import Finding
 from luthier.models import Loaded
 from luthier.models.files import write_aside
 from luthier.pipeline.card import model_card
@@ -17,6 +20,7 @@ from luthier.pipeline.release import probe_logits, prove_release, write_release
 from luthier.pipeline.stage import STAGES, Context, Outcome, Stage, read_manifest
 from luthier.pipeline.stages.evaluate import finished_evaluation, tuned_model
 from luthier.pipeline.stages.model import load_base
+from luthier.weights import diff, from_adapter
 
 PROBES = 8
 BEGINNING = 32  # tokens of a row without a prompt
@@ -62,8 +66,24 @@ class DeployStage(Stage):
                 prompt_rows=rows,
                 settings=recipe.data,
             )
-        files = [p.relative_to(directory).as_posix() for p in sorted((directory / "release").glob("*.safetensors"))]
-        return Outcome(findings, facts | {"release": "release", "kind": kind}, files)
+        facts |= {"release": "release", "kind": kind}
+        if recipe.deploy.delta:
+            facts["delta"] = self._delta(directory, loaded, findings)
+        folders = [directory / name for name in ("release", "delta")]
+        files = [p.relative_to(directory).as_posix() for f in folders for p in sorted(f.glob("*.safetensors"))]
+        return Outcome(findings, facts, files)
+
+    def _delta(self, directory: Path, loaded: Loaded, findings: list[Finding]) -> dict[str, Any] | None:
+        """Write delta/ beside release/; where base and release cannot be compared, say why."""
+        base, release, out = Path(loaded.facts["folder"]), directory / "release", directory / "delta"
+        shutil.rmtree(out, ignore_errors=True)
+        make = from_adapter if (release / "adapter_config.json").is_file() else None
+        try:
+            delta = make(release, base, out) if make else diff(base, release, out)
+        except InputError as error:
+            findings.append(Finding(level="warn", code="deploy.no_delta", message=f"no delta was written: {error}"))
+            return None
+        return {k: v for k, v in delta.info().items() if k != "path"}
 
     def _probes(self, context: Context, loaded: Loaded) -> tuple[list[Any], list[list[int]]]:
         """A few rows and the ids of their prompts, held-out ones first; of plain text only the ids it begins with."""

@@ -1,0 +1,97 @@
+"""`luthier delta`: make, apply, take back and look at deltas."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="delta",
+    help="What a tuning changed, in a folder of its own: make it, apply it, take it back, look at it.",
+    no_args_is_help=True,
+)
+
+Out = Annotated[Path, typer.Option("--output", "-o", help="New folder.")]
+
+
+@contextmanager
+def _bar(title: str) -> Iterator[Callable[[str, int, int], None]]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda name, done, total: progress.update(task, completed=done, total=total)
+
+
+@app.command(epilog="Examples: luthier delta diff BASE TUNED -o DELTA | luthier delta diff BASE ADAPTER -o DELTA")
+def diff(
+    base: Annotated[Path, typer.Argument(help="Folder or safetensors file of the base.")],
+    tuned: Annotated[Path, typer.Argument(help="The tuned model, or a LoRA adapter of PEFT.")],
+    output: Out,
+) -> None:
+    """Write what leads from BASE to TUNED, exact to the last bit."""
+    from luthier.weights import diff as work
+    from luthier.weights import from_adapter
+
+    with _bar("diff") as say:
+        if (tuned / "adapter_config.json").is_file():
+            delta = from_adapter(tuned, base, output, say)
+        else:
+            delta = work(base, tuned, output, say)
+    _print(delta.info())
+
+
+@app.command(epilog="Example: luthier delta apply BASE DELTA -o TUNED")
+def apply(
+    base: Annotated[Path, typer.Argument(help="Folder or safetensors file of the base.")],
+    delta: Annotated[Path, typer.Argument(help="The delta's folder.")],
+    output: Out,
+) -> None:
+    """Write the tuned model."""
+    from luthier.weights import Delta
+
+    with _bar("apply") as say:
+        Delta.open(delta).apply(base, output, say)
+    print(output)
+
+
+@app.command(epilog="Example: luthier delta remove TUNED DELTA -o BASE")
+def remove(
+    tuned: Annotated[Path, typer.Argument(help="Folder or safetensors file of the tuned model.")],
+    delta: Annotated[Path, typer.Argument(help="The delta's folder.")],
+    output: Out,
+) -> None:
+    """Write the base again, as it was to the last bit."""
+    from luthier.weights import Delta
+
+    with _bar("remove") as say:
+        Delta.open(delta).remove(tuned, output, say)
+    print(output)
+
+
+@app.command(epilog="Example: luthier delta info DELTA --json")
+def info(
+    delta: Annotated[Path, typer.Argument(help="The delta's folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Its kind, its base, and how much changed."""
+    from luthier.weights import Delta
+
+    found = Delta.open(delta).info()
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        _print(found)
+
+
+def _print(found: dict) -> None:
+    share = found["changed_elements"] / found["elements"] if found["elements"] else 0.0
+    print(f"{found['path']}: {found['kind']}, {found['bytes']:,} bytes")
+    print(f"  base   {found['base'][:16]}    tuned  {found['tuned'][:16]}")
+    print(f"  {found['changed_tensors']:,} of {found['tensors']:,} tensors changed, {share:.1%} of their elements")
