@@ -243,3 +243,17 @@ def test_a_delta_leads_from_the_base_to_the_release(finished, merge, tmp_path):
     if merge:
         release = Weights.open(result.folder / "6-deploy" / "release")
         assert content_hash(Weights.open(tmp_path / "tuned")) == content_hash(release)
+
+
+def test_rows_of_plain_text_go_through_all_stages(recipe, tmp_path):
+    lines = [f"In the year {i} the river rose by {i % 7} feet and the mill stood still." for i in range(120)]
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines), encoding="utf-8")
+    recipe["data"] = {"source": str(path)}
+    recipe["evaluate"] = {"tasks": [{"method": "perplexity", "name": "held-out"}]}
+    log = request_log(tmp_path / "log.jsonl", lines[:110])
+    result = run(recipe, [f"monitor.log={log}"], runs=tmp_path / "runs", **HERE)
+    assert result.exit_code == 0, result.summary
+    assert set(manifests(result.folder)) == set(STAGES)
+    facts = manifests(result.folder)["deploy"].facts
+    assert facts["logits_max_difference"] < 1e-3
