@@ -295,3 +295,17 @@ def test_a_bad_chat_template(write_folder, tmp_path, content, sentence):
         path.write_bytes(content)
     with pytest.raises(InputError, match=sentence):
         load(ModelSettings(base=str(write_folder()), chat_template=str(path)))
+
+
+@pytest.mark.parametrize("length", [0x280, 0x380, 0x480, 0x580, 0x4B50])
+def test_a_header_whose_length_looks_like_a_pickle_is_read(tmp_path, length):
+    import torch
+    from safetensors.torch import load_file
+
+    from luthier.models.checkpoint import read_header
+
+    header = b'{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'.ljust(length)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(length.to_bytes(8, "little") + header + bytes(8))
+    assert torch.equal(load_file(path)["w"], torch.zeros(2))  # the judge: the format's own library
+    assert read_header(path)["w"]["shape"] == [2]

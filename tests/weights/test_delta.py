@@ -1,19 +1,19 @@
 """Deltas on disk: exact both ways, whatever the shards; the wrong base and broken files are refused."""
 
+import errno
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig
 from typer.testing import CliRunner
 
 from luthier.cli import app
-from luthier.errors import InputError
-from luthier.weights import Delta, Weights, content_hash, diff, from_adapter, write_weights
-from luthier.weights.stream import infos_of
+from luthier.errors import CrashError, InputError
+from luthier.weights import Delta, Weights, content_hash, diff, diff_tensors, write_weights
+from luthier.weights.info import infos_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -59,7 +59,7 @@ def test_apply_gives_the_tuned_and_remove_the_base(tmp_path, dtype, shard_bytes)
     a, b = folder(tmp_path / "a", base, shard_bytes), folder(tmp_path / "b", tuned)
     delta = diff(a, b, tmp_path / "delta")
     kinds = {name: about["kind"] for name, about in delta.tensors.items()}
-    assert kinds == {"embed.weight": "dense", "big": "sparse", "steps": "dense"}
+    assert kinds == {"embed.weight": "dense", "big": "sparse", "steps": "sparse"}
     delta.apply(a, tmp_path / "again")
     assert same(Weights.open(tmp_path / "again"), tuned) and (tmp_path / "again" / "config.json").is_file()
     delta.remove(tmp_path / "again", tmp_path / "back")
@@ -89,72 +89,31 @@ def test_float32_is_the_difference_as_numbers(tmp_path):
     assert not delta.float32("steps", base["steps"]).any()
 
 
+def test_equal_infinities_differ_by_nothing(tmp_path):
+    inf = float("inf")
+    base, tuned = torch.tensor([-inf, inf, 1.0, 2.0, inf]), torch.tensor([-inf, inf, 1.0, 3.0, 5.0])
+    delta = diff_tensors({"mask": base, "same": base}, {"mask": tuned, "same": base})
+    assert delta.float32("mask", base).tolist() == [0, 0, 0, 1, -inf]
+    assert not delta.float32("same", base).any()
+
+
+def test_not_numbers_that_would_not_come_back_are_refused(tmp_path):
+    odd = torch.tensor([0x7FA1, 0x3F80], dtype=torch.int16).view(torch.bfloat16)
+    with pytest.raises(InputError, match="would be lost between BF16 and F32"):
+        diff({"a": odd}, {"a": odd.float()}, tmp_path / "delta")
+
+
+def test_tied_weights_are_taken_as_the_files_hold_them(tmp_path):
+    shared = torch.randn(8, 4)
+    base, tuned = {"embed": shared, "head": shared}, {"embed": shared + 1, "head": shared + 1}
+    delta = diff(base, tuned, tmp_path / "delta")
+    delta.apply(folder(tmp_path / "a", base), tmp_path / "again")
+    assert same(Weights.open(tmp_path / "again"), tuned)
+
+
 def test_nothing_changed_is_an_empty_delta(tmp_path):
     delta = diff(tensors(0), tensors(0), tmp_path / "delta")
     assert not delta.tensors and delta.info()["base"] == delta.info()["tuned"]
-
-
-def test_the_hash_depends_on_content_alone(tmp_path):
-    base = tensors(0)
-    one, many = folder(tmp_path / "one", base), folder(tmp_path / "many", dict(reversed(base.items())), 500)
-    assert len(list(many.glob("*.safetensors"))) > 1
-    expected = content_hash(base)
-    assert content_hash(Weights.open(one)) == content_hash(Weights.open(many)) == expected
-    for change in (
-        {"scalar": torch.tensor(-3.5)},
-        {"scalar": torch.tensor([3.5])},
-        {"scalar": torch.tensor(3.5).half()},
-    ):
-        assert content_hash(base | change) != expected
-    assert content_hash(base | {"norm.weight": -0.0 * base["norm.weight"]}) != content_hash(
-        base | {"norm.weight": 0.0 * base["norm.weight"]}
-    )
-
-
-def test_what_is_written_is_what_others_read(tmp_path):
-    base = tensors(0)
-    path = folder(tmp_path / "a", base)
-    read = load_file(path / "model.safetensors")
-    assert same(read, base)
-    save_file(base, tmp_path / "b.safetensors")
-    assert same(Weights.open(tmp_path / "b.safetensors"), base)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_an_adapter_is_a_low_rank_delta(tmp_path, dtype):
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=64, **shape)).to(dtype)
-    model.save_pretrained(tmp_path / "base")
-    config = LoraConfig(
-        r=4, lora_alpha=6, target_modules="all-linear", alpha_pattern={"q_proj": 3}, task_type="CAUSAL_LM"
-    )
-    wrapped = get_peft_model(model, config)
-    for name, p in wrapped.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(p, std=0.1)
-    wrapped.save_pretrained(tmp_path / "adapter")
-    delta = from_adapter(tmp_path / "adapter", tmp_path / "base", tmp_path / "delta")
-    assert delta.about["kind"] == "low-rank" and len(delta.tensors) == 14
-    delta.apply(tmp_path / "base", tmp_path / "tuned")
-    delta.remove(tmp_path / "tuned", tmp_path / "back")
-    assert same(Weights.open(tmp_path / "back"), Weights.open(tmp_path / "base"))
-    fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype)
-    merged = PeftModel.from_pretrained(fresh, tmp_path / "adapter").merge_and_unload()
-    tolerance = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
-    ours = Weights.open(tmp_path / "tuned")
-    for name, p in merged.state_dict().items():
-        if name in ours.infos:
-            torch.testing.assert_close(ours[name], p, rtol=tolerance, atol=tolerance)
-
-
-def test_what_is_no_plain_adapter_is_refused(tmp_path):
-    base = folder(tmp_path / "base", tensors(0))
-    (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "use_dora": True}))
-    with pytest.raises(InputError, match="use_dora"):
-        from_adapter(tmp_path / "adapter", base, tmp_path / "delta")
-    assert not (tmp_path / "delta").exists()
 
 
 def test_the_wrong_base_and_a_taken_place_are_refused(tmp_path):
@@ -163,8 +122,14 @@ def test_the_wrong_base_and_a_taken_place_are_refused(tmp_path):
     delta = diff(a, b, tmp_path / "delta")
     with pytest.raises(InputError, match="not the base weights of this delta"):
         delta.apply(c, tmp_path / "out")
-    with pytest.raises(InputError, match="not the tuned weights"):
+    with pytest.raises(
+        InputError, match=r"not the tuned weights .*: \S+ has the hash \w{12}, expected \w{12}.*base one"
+    ):
         delta.remove(a, tmp_path / "out")
+    with pytest.raises(InputError, match="tuned one already"):
+        delta.apply(b, tmp_path / "out")
+    with pytest.raises(InputError, match=r"other tensors .*\(extra\)"):
+        delta.apply(folder(tmp_path / "more", base | {"extra": torch.zeros(1)}), tmp_path / "out")
     with pytest.raises(InputError, match="this place is taken"):
         delta.apply(a, b)
     assert not (tmp_path / "out").exists() and same(Weights.open(b), tuned_of(base))
@@ -196,15 +161,6 @@ def damage(path, how):
         path.unlink()
 
 
-@pytest.mark.parametrize("how", ["cut", "pickle", "gone"])
-def test_broken_weights_are_one_sentence(tmp_path, how):
-    path = folder(tmp_path / "a", tensors(0), 3000)
-    shard = sorted(path.glob("*.safetensors"))[0]
-    damage(shard, how)
-    with pytest.raises(InputError, match=shard.name):
-        Weights.open(path)
-
-
 @pytest.mark.parametrize("how", ["cut", "pickle", "gone", "bits"])
 def test_a_broken_delta_is_one_sentence_and_writes_nothing(tmp_path, how):
     a, b = folder(tmp_path / "a", tensors(0)), folder(tmp_path / "b", tuned_of(tensors(0)))
@@ -212,6 +168,49 @@ def test_a_broken_delta_is_one_sentence_and_writes_nothing(tmp_path, how):
     damage(tmp_path / "delta" / "delta.safetensors", how)
     with pytest.raises(InputError):
         Delta.open(tmp_path / "delta").apply(a, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "delta"]
+
+
+@pytest.mark.parametrize("lost", ["tensors", "hashes", "base", "widened"])
+def test_a_delta_json_that_was_cut_or_changed_is_one_sentence(tmp_path, lost):
+    diff(tensors(0), tuned_of(tensors(0)), tmp_path / "delta")
+    path = tmp_path / "delta" / "delta.json"
+    about = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in about.items() if key != lost}))
+    with pytest.raises(InputError, match="what a delta says of itself"):
+        Delta.open(tmp_path / "delta")
+    path.write_text(json.dumps(about | {"format": 1}))
+    with pytest.raises(InputError, match="make it again"):
+        Delta.open(tmp_path / "delta")
+    about["tensors"]["norm.weight"] = about["tensors"]["big"]
+    path.write_text(json.dumps(about))
+    with pytest.raises(InputError, match=r"lacks norm\.weight"):
+        Delta.open(tmp_path / "delta")
+
+
+def test_a_delta_of_other_numbers_is_noticed_and_leaves_nothing(tmp_path):
+    """Packed well, but of another tuned model: only the hash of what comes out can tell."""
+    base = tensors(0)
+    a = folder(tmp_path / "a", base)
+    diff(base, tuned_of(base), tmp_path / "delta")
+    diff(base, tuned_of(base) | {"big": base["big"] + 1}, tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "delta.safetensors", tmp_path / "delta")
+    with pytest.raises(InputError, match="big did not come out"):
+        Delta.open(tmp_path / "delta").apply(a, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_a_crash_and_leaves_nothing(tmp_path, monkeypatch):
+    a, b = folder(tmp_path / "a", tensors(0)), folder(tmp_path / "b", tuned_of(tensors(0)))
+    delta = diff(a, b, tmp_path / "delta")
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("luthier.weights.writer.os.fsync", full)
+    for work in (lambda: delta.apply(a, tmp_path / "out"), lambda: diff(a, b, tmp_path / "out")):
+        with pytest.raises(CrashError, match="disk is full"):
+            work()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "delta"]
 
 
@@ -237,5 +236,16 @@ def test_the_commands(tmp_path):
     call("remove", tmp_path / "again", tmp_path / "delta", "-o", tmp_path / "back")
     assert same(Weights.open(tmp_path / "again"), Weights.open(b))
     assert same(Weights.open(tmp_path / "back"), Weights.open(a))
-    assert json.loads(call("info", tmp_path / "delta", "--json"))["changed_tensors"] == 3
-    shutil.rmtree(tmp_path / "again")
+    found = json.loads(call("info", tmp_path / "delta", "--json"))
+    assert found["changed_tensors"] == 3 and found["kinds"] == {"dense": 1, "sparse": 2} and found["removable"]
+    assert "1 dense, 2 sparse" in call("info", tmp_path / "delta")
+
+
+def test_the_command_ends_with_one_line_and_a_code(tmp_path):
+    a, b = folder(tmp_path / "a", tensors(0)), folder(tmp_path / "b", tuned_of(tensors(0)))
+    diff(a, b, tmp_path / "delta")
+    words = [sys.executable, "-m", "luthier", "delta", "apply", b, tmp_path / "delta", "-o", tmp_path / "out"]
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True)
+    said = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and said[-1].startswith("luthier: ") and "tuned one already" in said[-1]
+    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from luthier.errors import InputError
-from luthier.weights.exact import add, difference, pack, unpack
+from luthier.weights.exact import PIECE, add, decode, difference, encode, pack
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int8, torch.bool]
 ODD = [0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-42, -1e-42, 1.0, -3.5]
@@ -58,11 +58,39 @@ def test_neighbours_are_small_numbers():
 
 
 @pytest.mark.parametrize("width", [1, 2, 4, 8])
-def test_packing_is_lossless_and_notices_damage(width, monkeypatch):
-    monkeypatch.setattr("luthier.weights.exact._PIECE", 100)
-    values = np.random.default_rng(0).integers(0, 50, 1234).astype(f"u{width}")
-    data = pack(values)
-    assert (unpack(data, 1234, width) == values).all() and unpack(pack(values[:0]), 0, width).size == 0
-    for broken in (data[:-9], data[:8] + b"xx" + data[10:], b""):
-        with pytest.raises(InputError, match="damaged"):
-            unpack(broken, 1234, width)
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.24, 0.26, 1.0])
+def test_packing_is_lossless_and_notices_damage(width, share):
+    rng = np.random.default_rng(0)
+    values = (rng.integers(1, 50, 1234) * (rng.random(1234) < share)).astype(f"u{width}")
+    data, changed = pack(values)
+    assert changed == np.count_nonzero(values)
+    assert (next(decode(memoryview(data), 1234, width, PIECE)) == values).all()
+    for broken in (data[:-1], data + b"x", b"\7" + data[1:], data[:1] + b"\xff" * (len(data) - 1) + b"\xff", b""):
+        with pytest.raises(InputError, match=r"damaged|longer"):
+            list(decode(memoryview(broken), 1234, width, PIECE))
+    for place in range(len(data)):  # a bit that has flipped is noticed, or changes nothing
+        broken = bytearray(data)
+        broken[place] ^= 16
+        try:
+            assert share == 0 or (next(decode(memoryview(bytes(broken)), 1234, width, PIECE)) == values).all()
+        except InputError as error:
+            assert "damaged" in str(error) or "longer" in str(error)
+    assert list(decode(memoryview(b""), 0, width, PIECE)) == []
+
+
+@pytest.mark.parametrize("size", [1, 99, 100, 101, 1234])
+def test_pieces_join_without_a_seam(size, monkeypatch):
+    monkeypatch.setattr("luthier.weights.exact.PIECE", 100)
+    generator = torch.Generator().manual_seed(size)
+    base = torch.randn(size, generator=generator)
+    tuned = torch.where(torch.rand(size, generator=generator) < 0.2, base + 1, base)
+    data = b"".join(piece.data for piece in encode(base, tuned))
+    found = np.concatenate(list(decode(memoryview(data), size, 4, 100)))
+    assert (found == difference(base, tuned)).all() and same(add(base, found), tuned)
+
+
+def test_what_barely_changed_takes_barely_any_room():
+    base = torch.randn(100_000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    one = base.clone()
+    one[777] += 1
+    assert len(pack(difference(base, base)).data) == 1 and len(pack(difference(base, one)).data) < 150

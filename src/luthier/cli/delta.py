@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -34,6 +34,9 @@ def diff(
     base: Annotated[Path, typer.Argument(help="Folder or safetensors file of the base.")],
     tuned: Annotated[Path, typer.Argument(help="The tuned model, or a LoRA adapter of PEFT.")],
     output: Out,
+    residue: Annotated[
+        bool, typer.Option(help="Of an adapter: also store what taking it off again needs to give the base exactly.")
+    ] = True,
 ) -> None:
     """Write what leads from BASE to TUNED, exact to the last bit."""
     from luthier.weights import diff as work
@@ -41,7 +44,7 @@ def diff(
 
     with _bar("diff") as say:
         if (tuned / "adapter_config.json").is_file():
-            delta = from_adapter(tuned, base, output, say)
+            delta = from_adapter(tuned, base, output, say, residue=residue)
         else:
             delta = work(base, tuned, output, say)
     _print(delta.info())
@@ -53,7 +56,7 @@ def apply(
     delta: Annotated[Path, typer.Argument(help="The delta's folder.")],
     output: Out,
 ) -> None:
-    """Write the tuned model."""
+    """Write the tuned model; BASE must be the very weights that the delta was made of."""
     from luthier.weights import Delta
 
     with _bar("apply") as say:
@@ -90,8 +93,13 @@ def info(
         _print(found)
 
 
-def _print(found: dict) -> None:
-    share = found["changed_elements"] / found["elements"] if found["elements"] else 0.0
-    print(f"{found['path']}: {found['kind']}, {found['bytes']:,} bytes")
+def _print(found: dict[str, Any]) -> None:
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in found["kinds"].items())
+    print(f"{found['path']}: {found['kind']}, {found['bytes']:,} bytes, made by {found['created_by']}")
     print(f"  base   {found['base'][:16]}    tuned  {found['tuned'][:16]}")
-    print(f"  {found['changed_tensors']:,} of {found['tensors']:,} tensors changed, {share:.1%} of their elements")
+    print(
+        f"  {found['changed_tensors']:,} of {found['tensors']:,} tensors changed{f' ({kinds})' if kinds else ''}, "
+        f"{found['density']:.1%} of their elements"
+    )
+    if not found["removable"]:
+        print("  can be applied, not removed to the last bit (it has no residue)")

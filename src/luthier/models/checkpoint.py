@@ -202,12 +202,14 @@ def read_header(path: Path) -> dict[str, Any]:
     where, size = str(path), path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
-        if start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") or start[:4] == b"PK\x03\x04":
-            raise InputError("is a pickle under the name of a safetensors file and was not opened", where=where)
+        begins = file.read(1)  # a safetensors header is JSON; its length in front may have any bytes, a pickle's too
+        pickled = start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05") or start[:4] == b"PK\x03\x04"
         length = int.from_bytes(start, "little")
+        if pickled and (begins != b"{" or length > _HEADER_LIMIT):
+            raise InputError("is a pickle under the name of a safetensors file and was not opened", where=where)
         if len(start) < 8 or length > _HEADER_LIMIT:
             raise InputError("is not a safetensors file (no header at its start)", where=where)
-        text = file.read(length)
+        text = (begins + file.read(max(0, length - 1)))[:length]
     again = "fetch or copy the file again"
     if len(text) < length:
         raise InputError(

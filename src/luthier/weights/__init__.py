@@ -5,7 +5,7 @@
     delta.apply("base", "again")                the tuned weights, bit for bit
     delta.remove("again", "base-again")         the base's, bit for bit
 
-Nothing here knows modules or models, and nothing grows with the number of tensors.
+Nothing here knows modules, and memory grows neither with the model nor with its largest tensor.
 """
 
 from __future__ import annotations
@@ -15,18 +15,22 @@ from typing import TYPE_CHECKING, Any
 
 _WHERE = {
     "Delta": "luthier.weights.delta",
-    "Weights": "luthier.weights.stream",
-    "content_hash": "luthier.weights.stream",
-    "diff": "luthier.weights.delta",
+    "Weights": "luthier.weights.reader",
+    "content_hash": "luthier.weights.hashing",
+    "diff": "luthier.weights.compare",
+    "diff_tensors": "luthier.weights.compare",
     "from_adapter": "luthier.weights.adapter",
-    "write_weights": "luthier.weights.stream",
+    "write_weights": "luthier.weights.writer",
 }
-__all__ = ["Delta", "Weights", "content_hash", "diff", "from_adapter", "write_weights"]
+__all__ = ["Delta", "Weights", "content_hash", "diff", "diff_tensors", "from_adapter", "write_weights"]
 
 if TYPE_CHECKING:
     from luthier.weights.adapter import from_adapter
-    from luthier.weights.delta import Delta, diff
-    from luthier.weights.stream import Weights, content_hash, write_weights
+    from luthier.weights.compare import diff, diff_tensors
+    from luthier.weights.delta import Delta
+    from luthier.weights.hashing import content_hash
+    from luthier.weights.reader import Weights
+    from luthier.weights.writer import write_weights
 
 
 def __getattr__(name: str) -> Any:

@@ -1,28 +1,27 @@
 """A delta: what leads from a base to a tuned model, in a folder of its own, exact in both directions.
 
-    delta.json          base and tuned content hash, and per changed tensor its kind, dtype, shape and counts
-    delta.safetensors   the packed differences (see `exact`); a tensor that did not change is not there
+    delta.json          content hashes of base and tuned; per changed tensor its kind, dtype, shape and counts
+    delta.safetensors   the packed differences of bits (see `exact`); a tensor that did not change is not there
 
-A base in half precision that was tuned in float32 is widened first, which loses nothing.
+`dense` is a tensor of which a quarter or more changed, `sparse` any other; `low-rank` (see `adapter`) one whose
+change is a product of factors. `diff` makes a delta of two models, `from_adapter` of a LoRA adapter; `apply` and
+`remove` stream tensor by tensor, and a large tensor in pieces. Both hold what they are given and what they make
+against the hashes, so the wrong base is an error and never a broken model.
 
-A tensor is `dense`, or `sparse` where less than a tenth of its elements changed. (Low-rank deltas, made of an adapter,
-are in `adapter`.) `apply` and `remove` check the hash of what they are given and of what they make, so the wrong base
-is an error and never a broken model. For merging and scaling, `float32` gives the same difference as numbers.
+Merging and scaling want numbers, not bits: `float32(name, base_tensor)` is tuned - base, rounded once. It needs the
+base at hand. Storing it instead would cost a second copy of all changes, since neither can be had from the other.
 
-When not to use it: to shrink a fully tuned model. Every weight has changed then, and the noise in the low bits does
-not compress; expect a third to three quarters of the model's size. Sparse and half-frozen tunings shrink as hoped.
+When not to use it: to shrink a model whose weights are float32 and all moved. The low bits are then noise, and half
+the model's size is what remains. In bfloat16 most small steps round to nothing, and a twentieth is common.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,63 +29,84 @@ from luthier.errors import InputError
 from luthier.models.checkpoint import read_json
 from luthier.models.files import write_aside
 from luthier.weights import exact
-from luthier.weights.stream import (
-    DTYPES,
-    NAMES,
-    Info,
-    Weights,
-    combined,
-    infos_of,
-    raw,
-    tensor_hash,
-    write_file,
-    write_weights,
-)
+from luthier.weights.hashing import TensorHash, combined, tensor_hash
+from luthier.weights.info import DTYPES, NAMES, Info, cut, flat, infos_of, some
+from luthier.weights.reader import Weights
+from luthier.weights.writer import copy_others, refuse_filled, write_weights
 
-FORMAT = 1
+FORMAT = 2
 Say = Callable[[str, int, int], None]  # name of the tensor, how many are done, of how many
 
 
 @dataclass(frozen=True)
 class Delta:
-    """An opened delta folder.
+    """A delta, opened from a folder or made in memory.
 
     Attributes:
         about: what `delta.json` says.
-        stored: the packed parts by name: `NAME` (values) and `NAME#places` (of a sparse one), (bytes,) uint8.
+        stored: the packed parts by name, (bytes,) uint8.
+        path: its folder; None in memory.
     """
 
-    path: Path
     about: dict[str, Any]
     stored: Mapping[str, Tensor]
+    path: Path | None = None
     kind: ClassVar[str] = "exact"
 
     @classmethod
     def open(cls, path: Path | str) -> Delta:
-        """`InputError` if it is no delta, of a newer format, or not whole."""
+        """`InputError` if it is no delta, of another format, or not whole."""
         path = Path(path)
+        where = str(path / "delta.json")
         if not (path / "delta.json").is_file():
             raise InputError("this is no delta folder (no delta.json)", where=str(path))
         about = read_json(path / "delta.json")
         if about.get("format") != FORMAT:
-            found = about.get("format")
-            raise InputError(f"format {found!r} is not known here, only {FORMAT}", where=str(path / "delta.json"))
+            fix = "make it again from base and tuned"
+            raise InputError(f"format {about.get('format')!r} is not known here, only {FORMAT}", where=where, fix=fix)
         stored = Weights.open(path / "delta.safetensors")
+        kind: type[Delta] = cls
         if about.get("kind") == "low-rank":
             from luthier.weights.adapter import LowRankDelta
 
-            return LowRankDelta(path, about, stored)
-        return cls(path, about, stored)
+            kind = LowRankDelta
+        try:
+            found = kind(about, stored, path)
+            told = [combined({name: pair[side] for name, pair in about["hashes"].items()}) for side in (0, -1)]
+            whole = (
+                told == [about["base"], about["tuned"]]
+                and found.tensors.keys() | about["widened"] <= about["hashes"].keys()
+            )
+            lost = [part for name in found.tensors for part in found.parts(name) if part not in stored.infos]
+        except (KeyError, TypeError, AttributeError, IndexError):
+            whole, lost = False, []
+        if not whole:
+            raise InputError("is not what a delta says of itself; it was cut or changed", where=where)
+        if lost:
+            raise InputError(f"lacks {some(lost)}, which delta.json names", where=str(path / "delta.safetensors"))
+        return found
 
     @property
     def tensors(self) -> dict[str, dict[str, Any]]:
-        """Per changed tensor: kind, dtype, shape, changed elements, packed bytes."""
+        """Per changed tensor: kind, dtype, shape, changed elements and more of its kind."""
         return self.about["tensors"]
+
+    @property
+    def removable(self) -> bool:
+        """Whether `remove` is possible: always, but for an adapter's delta made with `residue=False`."""
+        return True
+
+    def parts(self, name: str) -> tuple[str, ...]:
+        """Names in `stored` of what belongs to a changed tensor."""
+        return (name,)
+
+    # Whole models
 
     def apply(self, base: Path | str, out: Path | str, say: Say = lambda *_: None) -> None:
         """Write the tuned weights into the new folder `out`, with the other files of `base`.
 
-        Raises `InputError` if `base` is not the base of this delta, or `out` is not empty.
+        Raises `InputError` if `base` is not the base of this delta, or `out` is not empty; `CrashError` if the disk
+        is full. Nothing stands at `out` then.
         """
         self._write(base, out, 1, say)
 
@@ -94,204 +114,156 @@ class Delta:
         """Write the base's weights into the new folder `out`; `tuned` must be what `apply` gives."""
         self._write(tuned, out, -1, say)
 
+    def apply_tensors(self, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`apply` in memory; tensors that did not change are those of `base`, not copies."""
+        return self._made(base, 1)
+
+    def remove_tensors(self, tuned: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`remove` in memory."""
+        return self._made(tuned, -1)
+
+    # One tensor
+
     def applied(self, name: str, base: Tensor, *, sign: int = 1) -> Tensor:
-        """One tensor of the tuned model from the base's (`sign=-1`: the other way round), bit for bit."""
-        narrow, wide = self.about["widened"].get(name, (NAMES[base.dtype],) * 2)
-        given = narrow if sign > 0 else wide
-        if NAMES[base.dtype] != given or list(base.shape) != self.tensors.get(name, {}).get("shape", list(base.shape)):
-            raise InputError(
-                f"{name} is {NAMES[base.dtype]} {list(base.shape)}, which is not what the delta was made of"
-            )
-        moved = base.to(DTYPES[wide])
-        if name in self.tensors:
-            moved = exact.add(moved, self._values(name), sign=sign)
-        return moved if sign > 0 else moved.to(DTYPES[narrow])
+        """One tensor of the tuned model from the base's (`sign=-1`: the other way round), bit for bit.
+
+        Its type and shape are checked, its content is not.
+        """
+        if self._same(name):
+            return base
+        made = torch.empty(base.shape, dtype=DTYPES[self._dtypes(name, base)[1 if sign > 0 else 0]])
+        place, elements = 0, made.view(-1)
+        for piece in self.pieces(name, base, sign):
+            elements[place : place + piece.numel()] = piece.view(-1)
+            place += piece.numel()
+        return made
+
+    def pieces(self, name: str, given: Tensor, sign: int) -> Iterator[Tensor]:
+        """What `applied` gives, as flat pieces in C order."""
+        narrow, wide = (DTYPES[dtype] for dtype in self._dtypes(name, given))
+        self._check(name, given, narrow if sign > 0 else wide)
+        about = self.tensors.get(name)
+        if about is None:
+            yield from (piece.to(wide if sign > 0 else narrow) for piece in cut(given, exact.PIECE))
+            return
+        data = self.stored[name].numpy().data
+        changes = exact.decode(data, given.numel(), wide.itemsize, exact.PIECE)
+        for piece, change in zip(cut(given, exact.PIECE), changes, strict=True):
+            made = exact.add(piece.to(wide), change, sign=sign)
+            yield made if sign > 0 else made.to(narrow)
 
     def float32(self, name: str, base: Tensor) -> Tensor:
-        """tuned - base as float32 numbers (float64 for float64), zeros where nothing changed; what merging reads."""
+        """tuned - base as float32 numbers (float64 for float64); 0 wherever the two are equal, infinities included."""
         wide = torch.float64 if base.dtype == torch.float64 else torch.float32
-        return self.applied(name, base).to(wide) - base.to(wide)
+        old = base.to(wide)
+        if name not in self.tensors:
+            return torch.zeros_like(old)
+        new = self.applied(name, base).to(wide)
+        return (new - old).masked_fill_(new == old, 0)
 
     def info(self) -> dict[str, Any]:
         """Sizes and counts, json-able."""
-        rows = self.tensors.values()
-        size = sum(path.stat().st_size for path in self.path.iterdir() if path.is_file())
+        rows = list(self.tensors.values())
+        elements = sum(Info(torch.uint8, tuple(row["shape"])).elements for row in rows)
+        changed = sum(row["changed"] for row in rows)
+        size = sum(info.bytes for info in infos_of(self.stored).values())
+        if self.path is not None:
+            size = sum(path.stat().st_size for path in self.path.iterdir() if path.is_file())
         return {
-            "path": str(self.path),
-            "kind": self.about["kind"],
+            "path": str(self.path) if self.path else None,
+            "kind": self.kind,
+            "created_by": self.about["created_by"],
+            "removable": self.removable,
             "base": self.about["base"],
             "tuned": self.about["tuned"],
-            "tensors": len(self.about["all"]),
-            "changed_tensors": len(self.tensors),
-            "elements": sum(int(np.prod(row["shape"], dtype=np.int64)) for row in rows),
-            "changed_elements": sum(row["changed"] for row in rows),
+            "tensors": len(self.about["hashes"]),
+            "changed_tensors": len(rows),
+            "kinds": {kind: sum(row["kind"] == kind for row in rows) for kind in sorted({r["kind"] for r in rows})},
+            "elements": elements,
+            "changed_elements": changed,
+            "density": changed / elements if elements else 0.0,
             "bytes": size,
         }
 
-    def _values(self, name: str) -> Any:
-        about = self.tensors[name]
-        width = DTYPES[about["dtype"]].itemsize
-        count = int(np.prod(about["shape"], dtype=np.int64))
-        data = self.stored[name].numpy().tobytes()
-        if about["kind"] == "dense":
-            return exact.unpack(data, count, width)
-        values = np.zeros(count, dtype=f"u{width}")
-        gaps = exact.unpack(self.stored[f"{name}#places"].numpy().tobytes(), about["changed"], 8)
-        values[np.cumsum(gaps.astype(np.int64))] = exact.unpack(data, about["changed"], width)
-        return values
+    # Inside
+
+    def _same(self, name: str) -> bool:
+        return name not in self.tensors and name not in self.about["widened"]
+
+    def _dtypes(self, name: str, given: Tensor) -> tuple[str, str]:
+        """Types of the tensor in base and tuned."""
+        known = self.tensors.get(name, {}).get("dtype") or NAMES[given.dtype]
+        narrow, wide = self.about["widened"].get(name, (known, known))
+        return narrow, wide
+
+    def _check(self, name: str, given: Tensor, dtype: torch.dtype) -> None:
+        shape = tuple(self.tensors.get(name, {}).get("shape", given.shape))
+        if Info.of(given) != (dtype, shape):
+            raise InputError(f"{name} is {Info.of(given)}, but the delta was made of {Info(dtype, shape)}")
+
+    def _checked(self, name: str, given: Tensor, sign: int) -> Iterator[Tensor]:
+        """`pieces`, held against the hashes of what is given and of what is made."""
+        before, after = (0, -1) if sign > 0 else (-1, 0)
+        word = "base" if sign > 0 else "tuned"
+        hashes = self.about["hashes"][name]
+        came = tensor_hash(given)
+        if came != hashes[before]:
+            fix = f"it is the {'tuned' if sign > 0 else 'base'} one already" if came == hashes[after] else None
+            raise InputError(
+                f"these are not the {word} weights of this delta: {name} has the hash {came[:12]}, "
+                f"expected {hashes[before][:12]}",
+                fix=fix,
+            )
+        if self._same(name):
+            yield flat(given)
+            return
+        dtype = DTYPES[self._dtypes(name, given)[1 if sign > 0 else 0]]
+        made = TensorHash(Info(dtype, tuple(given.shape)))
+        for piece in self.pieces(name, given, sign):
+            made.update(piece)
+            yield piece
+        if made.hex() != hashes[after]:
+            raise InputError(f"{name} did not come out as it went in; the delta is damaged", where=self._where)
+
+    def _made(self, given: Mapping[str, Tensor], sign: int) -> dict[str, Tensor]:
+        self._allowed(given, sign, None)
+        found: dict[str, Tensor] = {}
+        for name, tensor in given.items():
+            pieces = list(self._checked(name, tensor, sign))
+            found[name] = tensor if self._same(name) else torch.cat(pieces).reshape(tensor.shape)
+        return found
 
     def _write(self, source: Path | str, out: Path | str, sign: int, say: Say) -> None:
         weights, out = Weights.open(source), Path(out)
-        given, made = ("base", "tuned") if sign > 0 else ("tuned", "base")
-        same_names(weights, self.about["all"], str(source))
-        hashes = {name: tensor_hash(weights[name]) for name in weights}
-        if combined(hashes) != self.about[given]:
-            raise InputError(
-                f"these are not the {given} weights of this delta (hash {combined(hashes)[:12]}, "
-                f"expected {self.about[given][:12]})",
-                where=str(source),
-            )
+        self._allowed(weights, sign, str(source))
         refuse_filled(out)
-        done: dict[str, str] = {}
+        done = 0
 
-        def read(name: str) -> Tensor:
-            tensor = self.applied(name, weights[name], sign=sign)
-            done[name] = tensor_hash(tensor)
-            say(name, len(done), len(weights))
-            return tensor
+        def read(name: str) -> Iterator[Tensor]:
+            nonlocal done
+            try:
+                yield from self._checked(name, weights[name], sign)
+            except InputError as error:
+                raise InputError(error.what, where=error.where or str(source), fix=error.fix) from None
+            done += 1
+            say(name, done, len(weights))
 
-        infos = dict(infos_of(weights))
+        infos = infos_of(weights)
         for name, dtypes in self.about["widened"].items():
             infos[name] = infos[name]._replace(dtype=DTYPES[dtypes[1 if sign > 0 else 0]])
         with write_aside(out) as aside:
             write_weights(aside, infos, read)
-            if combined(done) != self.about[made]:
-                raise InputError("what came out is not what the delta was made of; it is damaged", where=str(self.path))
             copy_others(Path(source), aside)
 
+    def _allowed(self, given: Mapping[str, Tensor], sign: int, where: str | None) -> None:
+        """Refuse what cannot be removed, and weights that hold other tensors than the delta was made of."""
+        if sign < 0 and not self.removable:
+            fix = "make it again with its residue, or use the base itself"
+            raise InputError("this delta can be applied but not removed to the last bit", where=self._where, fix=fix)
+        other = sorted(set(given) ^ self.about["hashes"].keys())
+        if other:
+            raise InputError(f"holds other tensors than the delta was made of ({some(other)})", where=where)
 
-def diff(
-    base: Path | str | Mapping[str, Tensor],
-    tuned: Path | str | Mapping[str, Tensor],
-    out: Path | str,
-    say: Say = lambda *_: None,
-) -> Delta:
-    """Write what leads from `base` to `tuned` into the new folder `out`, tensor by tensor.
-
-    Args:
-        base, tuned: folders or files of weights, or mappings of tensors; the same names, dtypes and shapes.
-
-    Raises `InputError` that names what differs, or if `out` is not empty.
-    """
-    a = Weights.open(base) if isinstance(base, str | Path) else base
-    b = Weights.open(tuned) if isinstance(tuned, str | Path) else tuned
-    out = Path(out)
-    refuse_filled(out)
-    widened = comparable(infos_of(a), infos_of(b))
-    hashes: list[dict[str, str]] = [{}, {}]
-    about: dict[str, Any] = {}
-    with write_aside(out) as aside:
-        parts: dict[str, Info] = {}
-        packed = aside / "packed"
-        packed.mkdir()
-        for number, name in enumerate(a, start=1):
-            old, new = a[name], b[name]
-            for known, tensor in zip(hashes, (old, new), strict=True):
-                known[name] = tensor_hash(tensor)
-            old = old.to(new.dtype)  # lossless where they differ, and back
-            if not torch.equal(raw(old), raw(new)):
-                found = _packed(old, new)
-                about[name] = found.pop("about")
-                for part, data in found.items():
-                    key = name if part == "values" else f"{name}#places"
-                    (packed / str(len(parts))).write_bytes(data)
-                    parts[key] = Info(torch.uint8, (len(data),))
-            say(name, number, len(a))
-        order = {key: str(place) for place, key in enumerate(parts)}
-        read = _reader(packed, order)
-        write_file(aside / "delta.safetensors", parts, read, {"format": "pt"})
-        shutil.rmtree(packed)
-        whole = {
-            "format": FORMAT,
-            "kind": "exact",
-            "base": combined(hashes[0]),
-            "tuned": combined(hashes[1]),
-            "all": sorted(a),
-            "widened": widened,
-            "tensors": about,
-        }
-        (aside / "delta.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-    return Delta.open(out)
-
-
-def _reader(folder: Path, order: Mapping[str, str]) -> Callable[[str], Tensor]:
-    return lambda key: torch.from_numpy(np.fromfile(folder / order[key], dtype=np.uint8))
-
-
-def _packed(old: Tensor, new: Tensor) -> dict[str, Any]:
-    values = exact.difference(old, new)
-    places = np.flatnonzero(values)
-    kind = "sparse" if len(places) < exact.SPARSE_BELOW * len(values) else "dense"
-    about = {"kind": kind, "dtype": NAMES[old.dtype], "shape": list(old.shape), "changed": len(places)}
-    if kind == "dense":
-        return {"about": about, "values": exact.pack(values)}
-    gaps = np.diff(places, prepend=0).astype("u8")
-    return {"about": about, "values": exact.pack(values[places]), "places": exact.pack(gaps)}
-
-
-def comparable(a: Mapping[str, Info], b: Mapping[str, Info]) -> dict[str, tuple[str, str]]:
-    """Refuse weights whose names, dtypes or shapes differ, naming them.
-
-    A base in half precision that was tuned in a wider type is fine, since widening loses nothing and so can be undone:
-    returns both types of each such tensor.
-    """
-    if a.keys() != b.keys():
-        missing, new = sorted(a.keys() - b.keys()), sorted(b.keys() - a.keys())
-        said = [
-            f"{what}: {_some(names)}" for what, names in (("only in base", missing), ("only in tuned", new)) if names
-        ]
-        raise InputError(f"base and tuned hold different tensors ({'; '.join(said)})")
-    widened = {name: (NAMES[a[name].dtype], NAMES[b[name].dtype]) for name in a if _widens(a[name], b[name])}
-    other = [name for name in a if a[name] != b[name] and name not in widened]
-    if other:
-        name = other[0]
-        raise InputError(
-            f"{len(other)} tensors differ in dtype or shape, such as {name}: {NAMES[a[name].dtype]} "
-            f"{list(a[name].shape)} and {NAMES[b[name].dtype]} {list(b[name].shape)}",
-            fix="a delta needs both alike, or the tuned one in a wider floating-point type",
-        )
-    return widened
-
-
-def _widens(base: Info, tuned: Info) -> bool:
-    """Whether every number of `base` is one of `tuned`'s type, which is another."""
-    halves = (torch.float32, torch.float64)
-    wider = {torch.float16: halves, torch.bfloat16: halves, torch.float32: halves[1:]}
-    return base.shape == tuned.shape and tuned.dtype in wider.get(base.dtype, ())
-
-
-def same_names(given: Mapping[str, Any], wanted: list[str], where: str) -> None:
-    """Refuse weights that hold other tensors than the delta was made of."""
-    if set(given) != set(wanted):
-        raise InputError(
-            f"holds other tensors than the delta's base ({_some(sorted(set(given) ^ set(wanted)))})", where=where
-        )
-
-
-def refuse_filled(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError("this place is taken", where=str(out), fix="name a new folder")
-
-
-def copy_others(source: Path, out: Path) -> None:
-    """Config, tokenizer and the like: every file of the folder that holds no weights."""
-    if not source.is_dir():
-        return
-    for path in sorted(source.iterdir()):
-        weights = path.suffix in (".safetensors", ".bin", ".gguf") or path.name.endswith(".index.json")
-        if path.is_file() and not weights and path.name != "SHA256SUMS":
-            shutil.copy2(path, out / path.name)
-
-
-def _some(names: list[str], limit: int = 4) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    @property
+    def _where(self) -> str | None:
+        return str(self.path) if self.path else None

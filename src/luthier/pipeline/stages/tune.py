@@ -159,14 +159,20 @@ def peak_memory() -> int:
 
 
 def _judge(history: list[dict[str, Any]], number: int) -> list[Finding]:
-    """The loss must have fallen: the mean of the last tenth of the steps below that of the first tenth."""
+    """The loss must have fallen: the mean of the last tenth of the steps below that of the first tenth.
+
+    A run that blows up in its first steps can end below those and far above its start. The loss of step 1 is that of
+    the untouched model, so ending above twice that and by more than one nat per unit is an error as well.
+    """
     losses = [record["loss"] for record in history]
     tenth = max(1, len(losses) // 10)
     if len(losses) < 2:
         return []
     first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
     findings = []
-    if last >= first:
+    begin = losses[0]
+    if last >= first or last > max(2 * begin, begin + 1):
+        first = min(first, begin)
         text = f"phase {number}: the loss did not fall ({first:.3f} to {last:.3f}); try another learning rate"
         findings.append(Finding(level="error", code="tune.loss_did_not_fall", message=text, value=last, limit=first))
     checks = [r["validation_loss"] for r in history if r.get("validation_loss") is not None]

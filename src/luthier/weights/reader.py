@@ -1,0 +1,111 @@
+"""Weights on disk as a mapping of names to tensors, each read when it is asked for.
+
+`Weights.open` takes
+
+    a folder of transformers     one safetensors file, or shards with their index
+    a PEFT adapter's folder      its factors under the names they have there (`adapter` is then true)
+    a safetensors file
+
+and checks every header before it hands anything out: pickles, files cut short, missing shards and names that stand
+twice are refused there, in one sentence. Tensors are views of the mapped files, so what is read costs no memory of
+the process's own; a large one may be looked at in pieces with `info.cut`. They must not be written to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from luthier.errors import InputError
+from luthier.models.checkpoint import INDEX, SINGLE, read_header, read_json
+from luthier.weights.info import DTYPES, Info, some
+
+ADAPTER = "adapter_model.safetensors"
+
+
+class Weights(Mapping[str, Tensor]):
+    """The tensors of a checkpoint by name, in order of names; read-only.
+
+    Attributes:
+        path: the folder or file that was opened.
+        files: the file that holds each tensor.
+        infos: type and shape of each tensor.
+        adapter: whether these are the factors of a PEFT adapter.
+    """
+
+    def __init__(self, path: Path, files: dict[str, Path], infos: dict[str, Info], adapter: bool = False):
+        self.path, self.files, self.infos, self.adapter = path, files, infos, adapter
+        self._opened: dict[Path, Any] = {}
+
+    @classmethod
+    def open(cls, path: Path | str) -> Weights:
+        """Of a folder or a safetensors file; `InputError` if there are none, or a file is not whole."""
+        path = Path(path)
+        if path.is_dir():
+            shards = _shards(path)
+        elif path.is_file():
+            shards = [path]
+        else:
+            raise InputError("there is no such folder or file", where=str(path))
+        files: dict[str, Path] = {}
+        infos: dict[str, Info] = {}
+        for shard in shards:
+            for name, about in read_header(shard).items():
+                if name in files:
+                    raise InputError(f"tensor {name!r} is also in {files[name].name}", where=str(shard))
+                if about["dtype"] not in DTYPES:
+                    raise InputError(f"tensor {name!r} has the type {about['dtype']}", where=str(shard))
+                files[name], infos[name] = shard, Info(DTYPES[about["dtype"]], tuple(about["shape"]))
+        return cls(path, files, dict(sorted(infos.items())), shards[0].name == ADAPTER)
+
+    def __getitem__(self, name: str) -> Tensor:
+        file = self.files[name]
+        if file not in self._opened:
+            self._opened[file] = safe_open(file, framework="pt")
+        return self._opened[file].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.infos)
+
+    def __len__(self) -> int:
+        return len(self.infos)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.infos
+
+
+def _shards(folder: Path) -> list[Path]:
+    if (folder / INDEX).is_file():
+        return _indexed(folder)
+    for name in (SINGLE, ADAPTER):
+        if (folder / name).is_file():
+            return [folder / name]
+    pickles = sorted(path.name for path in folder.glob("*.bin"))
+    found = f", only {pickles[0]}, which is no safetensors file" if pickles else ""
+    raise InputError(f"holds none of {SINGLE}, {INDEX} and {ADAPTER}{found}", where=str(folder))
+
+
+def _indexed(folder: Path) -> list[Path]:
+    """The files that the index names, once they and the tensors in them are known to be there."""
+    where = str(folder / INDEX)
+    names = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
+        raise InputError("has no weight_map from names of tensors to files", where=where)
+    files = sorted(set(names.values()))
+    outside = [file for file in files if Path(file).name != file]
+    if outside:
+        raise InputError(f"names a file outside its folder ({outside[0]!r})", where=where)
+    missing = [file for file in files if not (folder / file).is_file()]
+    if missing:
+        what = f"names {len(missing)} of {len(files)} files that are not there: {some(missing)}"
+        raise InputError(what, where=where, fix="fetch the rest of the checkpoint")
+    held = {file: read_header(folder / file).keys() for file in files}
+    lost = [name for name, file in names.items() if name not in held[file]]
+    if lost:
+        what = f"names {len(lost)} tensors that their files do not hold: {some(lost)}"
+        raise InputError(what, where=where, fix="fetch index and shards again from one version")
+    return [folder / file for file in files]
