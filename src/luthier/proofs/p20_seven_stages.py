@@ -193,7 +193,13 @@ def _log(path: Path, prompts: list[str]) -> str:
 PROOF = Proof(
     paper=20,
     prove=prove,
-    parts=["luthier.pipeline.run", "luthier.pipeline.stage", "luthier.pipeline.drift", "luthier.evaluate.gates"],
+    parts=[
+        "luthier.pipeline.run",
+        "luthier.pipeline.stage",
+        "luthier.pipeline.stages.tune",
+        "luthier.pipeline.drift",
+        "luthier.evaluate.gates",
+    ],
     seeds=(0, 1, 2),
     claims=[
         Claim("stages that a whole run goes through, all seeds", lambda runs: worst(runs, "stages"), "== 7", "paper"),
