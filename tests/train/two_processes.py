@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from luthier.methods import build
 from luthier.models.topology import Topology
@@ -33,8 +33,14 @@ class Examples:
 def loop_in(directory, method):
     torch.manual_seed(1)
     shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**shape, num_attention_heads=4))
-    tuned = build("tune", method).attach(model, Probe(Topology.of(model)))
+    if method == "experts":  # of which some see no token in a step
+        experts = {"num_local_experts": 8, "num_experts_per_tok": 1, "num_key_value_heads": 4}
+        config, method = MixtralConfig(**shape, **experts, num_attention_heads=4), "full"
+    else:
+        config = LlamaConfig(**shape, num_attention_heads=4)
+    model = AutoModelForCausalLM.from_config(config)
+    tuning = {"method": "lisa", "active_layers": 1, "interval": 3} if method == "lisa" else method
+    tuned = build("tune", tuning).attach(model, Probe(Topology.of(model)))
     settings = TrainSettings(
         effective_batch_size=8,
         max_tokens_per_device=40,

@@ -160,7 +160,6 @@ def test_resumed_in_the_middle_of_a_period():
     other = torch.optim.AdamW(again.parameter_groups(0.1), lr=1e-3)
     again.on_phase_begin(other, 5)
     again.load_state_dict(broken.state_dict())
-    again.load_extra_state(broken.extra_state())
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     run(again, 5, other, first=6)
     for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True):

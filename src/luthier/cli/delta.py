@@ -59,9 +59,7 @@ def apply(
     """Write the tuned model; BASE must be the very weights that the delta was made of."""
     from luthier.weights import Delta
 
-    with _bar("apply") as say:
-        Delta.open(delta).apply(base, output, say)
-    print(output)
+    _write("apply", Delta.open(delta).apply, base, output)
 
 
 @app.command(epilog="Example: luthier delta remove TUNED DELTA -o BASE")
@@ -73,9 +71,7 @@ def remove(
     """Write the base again, as it was to the last bit."""
     from luthier.weights import Delta
 
-    with _bar("remove") as say:
-        Delta.open(delta).remove(tuned, output, say)
-    print(output)
+    _write("remove", Delta.open(delta).remove, tuned, output)
 
 
 @app.command(epilog="Example: luthier delta info DELTA --json")
@@ -91,6 +87,12 @@ def info(
         print(json.dumps(found, indent=2))
     else:
         _print(found)
+
+
+def _write(title: str, work: Callable[..., None], source: Path, output: Path) -> None:
+    with _bar(title) as say:
+        work(source, output, say)
+    print(output)
 
 
 def _print(found: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 _WHERE = {
     "TrainSettings": "luthier.train.settings",
     "Loop": "luthier.train.loop",
-    "StepRecord": "luthier.train.loop",
+    "StepRecord": "luthier.train.records",
     "Interrupted": "luthier.train.loop",
     "Checkpoints": "luthier.train.checkpoints",
     "TuningCallback": "luthier.train.callback",
@@ -21,7 +21,8 @@ __all__ = ["Checkpoints", "Interrupted", "Loop", "StepRecord", "TrainSettings", 
 if TYPE_CHECKING:
     from luthier.train.callback import TuningCallback
     from luthier.train.checkpoints import Checkpoints
-    from luthier.train.loop import Interrupted, Loop, StepRecord
+    from luthier.train.loop import Interrupted, Loop
+    from luthier.train.records import StepRecord
     from luthier.train.settings import TrainSettings
 
 

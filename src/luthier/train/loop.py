@@ -15,13 +15,10 @@ torchrun) each takes its share of every step's rows; DDP or FSDP2, as accelerate
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -38,8 +35,11 @@ from luthier.models.shards import gathered, let_go, whole
 from luthier.models.topology import Topology
 from luthier.objectives.base import IGNORED, Objective
 from luthier.train.checkpoints import Checkpoints, flat_optimizer, restore_optimizer, restore_random_state
+from luthier.train.optimizers import inner, make_optimizer
 from luthier.train.ranks import on_cpu
+from luthier.train.records import StepRecord, append_record, cut_records
 from luthier.train.settings import TrainSettings
+from luthier.train.signals import StopSignals
 from luthier.tune.base import Tuned
 
 SAVE_EVERY = 200  # optimiser steps, unless `save_steps` says otherwise
@@ -60,30 +60,6 @@ class Interrupted(CrashError):
 
 class NotFinite(GateError):
     """A loss or gradient was NaN or infinite; the weights before that step are the newest checkpoint's."""
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """What one optimiser step did.
-
-    Attributes:
-        step: steps done, counted from 1.
-        loss: the objective's mean over the step (nats per unit).
-        grad_norm: before clipping.
-        tokens: labelled and unlabelled tokens seen in this step, padding left out; `rows` likewise.
-        seconds: wall time of the step.
-        validation_loss: mean over the validation rows, where it was taken after this step.
-    """
-
-    step: int
-    loss: float
-    learning_rate: float
-    grad_norm: float
-    tokens: int
-    rows: int
-    seconds: float
-    metrics: dict[str, float]
-    validation_loss: float | None = None
 
 
 class Loop:
@@ -137,28 +113,28 @@ class Loop:
         self.learning_rate = settings.learning_rate or tuned.settings.default_learning_rate
         # Together, so that FSDP2 can exchange the optimiser's parameters for their shards.
         self.model, self.optimizer = self.accelerator.prepare(
-            tuned.model, _optimizer(tuned, settings, self.learning_rate)
+            tuned.model, make_optimizer(tuned, settings, self.learning_rate)
         )
-        tuned.on_phase_begin(_inner(self.optimizer), self.steps_per_epoch)
+        tuned.on_phase_begin(inner(self.optimizer), self.steps_per_epoch)
         warmup = settings.warmup_steps
         if warmup is None:
             warmup = math.ceil(settings.warmup_ratio * self.total)
         # The schedule counts optimiser steps itself; handed to accelerate it would count devices too.
         self.schedule = get_scheduler(
-            settings.lr_scheduler_type, _inner(self.optimizer), num_warmup_steps=warmup, num_training_steps=self.total
+            settings.lr_scheduler_type, inner(self.optimizer), num_warmup_steps=warmup, num_training_steps=self.total
         )
         self.checkpoints = Checkpoints(directory / "checkpoints", settings.save_total_limit) if directory else None
         self.done = 0
         self.best: float | None = None
         self.since_best = 0
         self.stopped_early = False
-        self._stop: str | None = None
+        self._signals = StopSignals()
 
     # Driving
 
     def run(self, on_step: Callable[[StepRecord], None] | None = None) -> list[StepRecord]:
         """All remaining steps, with clean leaving on SIGINT and SIGTERM; returns their records."""
-        with self._signals():
+        with self._signals:
             records = []
             for record in self.steps():
                 records.append(record)
@@ -194,14 +170,14 @@ class Loop:
             weights, moments, state = self.checkpoints.load(steps[-1])
             self.tuned.load_state_dict(weights)
             self.tuned.load_extra_state(state["tuning"])
-            restore_optimizer(_inner(self.optimizer), moments, state["optimizer"])
+            restore_optimizer(inner(self.optimizer), moments, state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
             self.best, self.since_best = state["best"], state["since_best"]
             self.stopped_early = state["stopped_early"]
             restore_random_state(state["random"])
             self.done = state["step"]
         if self.directory and self.accelerator.is_main_process:
-            _cut_metrics(self.directory / "metrics.jsonl", self.done)
+            cut_records(self.directory / "metrics.jsonl", self.done)
         return self.done
 
     # One step
@@ -319,22 +295,21 @@ class Loop:
         """Metrics, trackers, a checkpoint where one is due, and leaving if a signal has come."""
         logged = record.step % self.settings.logging_steps == 0 or record.validation_loss is not None
         if self.directory and logged and self.accelerator.is_main_process:
-            with (self.directory / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(record)) + "\n")
+            append_record(self.directory / "metrics.jsonl", record)
             numbers = {"loss": record.loss, "learning_rate": record.learning_rate, "grad_norm": record.grad_norm}
             self.accelerator.log(numbers | record.metrics, step=record.step)
-        leaving = self._over_devices([float(self._stop is not None)])[0] > 0
+        leaving = self._over_devices([float(self._signals.came is not None)])[0] > 0
         if self.checkpoints and (leaving or self._due(self.settings.save_steps or SAVE_EVERY) or self.stopped_early):
             self._save(self.checkpoints)
         if leaving and self.done < self.total:
-            by = self._stop or "a signal to another process"
+            by = self._signals.came or "a signal to another process"
             raise Interrupted(f"stopped by {by} after step {self.done} of {self.total}; a checkpoint was written.")
 
     def _save(self, checkpoints: Checkpoints) -> None:
         """A checkpoint of this moment, written by the first process with what all of them hold."""
         main = self.accelerator.is_main_process
         weights = gathered(self.tuned.state_dict(), main)
-        moments, scalars = flat_optimizer(_inner(self.optimizer))
+        moments, scalars = flat_optimizer(inner(self.optimizer))
         moments = gathered(moments, main)
         if main:
             checkpoints.save(self.done, weights, moments, self._state() | {"optimizer": scalars})
@@ -343,35 +318,12 @@ class Loop:
     def _state(self) -> dict[str, Any]:
         return {
             "schedule": {k: v for k, v in self.schedule.state_dict().items() if k != "lr_lambdas"}
-            | {"lr_lambdas": [None] * len(_inner(self.optimizer).param_groups)},
+            | {"lr_lambdas": [None] * len(inner(self.optimizer).param_groups)},
             "tuning": self.tuned.extra_state(),
             "best": self.best,
             "since_best": self.since_best,
             "stopped_early": self.stopped_early,
         }
-
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        """The first SIGINT or SIGTERM finishes the step, saves and leaves; a second one is taken at its word."""
-
-        def note(code: int, frame: Any) -> None:
-            self._stop = signal.Signals(code).name
-            signal.signal(code, before[code])
-
-        before: dict[int, Any] = {}
-        with contextlib.suppress(ValueError):  # not in the main thread: signals are somebody else's
-            for kind in (signal.SIGINT, signal.SIGTERM):
-                before[int(kind)] = signal.signal(kind, note)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-def _inner(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimiser below accelerate's wrapper."""
-    return getattr(optimizer, "optimizer", optimizer)
 
 
 def _distributed(tuned: Tuned) -> list[Any]:
@@ -381,29 +333,3 @@ def _distributed(tuned: Tuned) -> list[Any]:
         return []
     some = tuned.switches or any(block.experts.count for block in Topology.of(tuned.base_model).blocks)
     return [DistributedDataParallelKwargs(find_unused_parameters=some)]
-
-
-def _optimizer(tuned: Tuned, settings: TrainSettings, learning_rate: float) -> torch.optim.Optimizer:
-    groups = tuned.parameter_groups(settings.weight_decay)
-    if settings.optim == "sgd":
-        return torch.optim.SGD(groups, lr=learning_rate)
-    if settings.optim == "adafactor":
-        from transformers.optimization import Adafactor
-
-        return Adafactor(groups, lr=learning_rate, scale_parameter=False, relative_step=False)
-    betas = (settings.adam_beta1, settings.adam_beta2)
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=settings.adam_epsilon)
-
-
-def _cut_metrics(path: Path, done: int) -> None:
-    """Drop lines of steps after `done`, and a last line that was cut off while being written."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            if json.loads(line)["step"] <= done:
-                kept.append(line + "\n")
-    aside = path.with_suffix(".writing")
-    aside.write_text("".join(kept), encoding="utf-8")
-    aside.replace(path)

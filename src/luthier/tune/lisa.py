@@ -21,7 +21,7 @@ probabilities), `state`, and that all blocks of an encoder-decoder model form on
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -126,6 +126,3 @@ class LisaTuned(Switching):
         elif settings.state == "offload":
             move_memory(self.optimizer, rests, away=True)
             move_memory(self.optimizer, [parameters[name] for name in chosen], away=False)
-
-    def extra_state(self) -> dict[str, Any]:
-        return {"period": self.period, "active": self._active}

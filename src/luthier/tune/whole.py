@@ -16,7 +16,7 @@ from torch import nn
 from luthier.errors import InputError
 from luthier.models.shards import is_sharded
 from luthier.models.topology import Topology
-from luthier.tune.base import Tuned
+from luthier.tune.base import Tuned, Tuning
 
 
 class WholeModel(Tuned):
@@ -35,7 +35,7 @@ class Switching(WholeModel):
 
     switches = True
 
-    def __init__(self, settings, model: nn.Module, candidates: Iterable[str]):  # type: ignore[no-untyped-def]
+    def __init__(self, settings: Tuning, model: nn.Module, candidates: Iterable[str]):
         """All `candidates` (names) have gradients until the first step, so that every wrapper around knows them."""
         names = set(candidates)
         for name, parameter in model.named_parameters():

@@ -77,9 +77,9 @@ class DeployStage(Stage):
         """Write delta/ beside release/; where base and release cannot be compared, say why."""
         base, release, out = Path(loaded.facts["folder"]), directory / "release", directory / "delta"
         shutil.rmtree(out, ignore_errors=True)
-        make = from_adapter if (release / "adapter_config.json").is_file() else None
+        adapter = (release / "adapter_config.json").is_file()
         try:
-            delta = make(release, base, out) if make else diff(base, release, out)
+            delta = from_adapter(release, base, out) if adapter else diff(base, release, out)
         except InputError as error:
             findings.append(Finding(level="warn", code="deploy.no_delta", message=f"no delta was written: {error}"))
             return None

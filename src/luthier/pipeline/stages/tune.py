@@ -162,7 +162,7 @@ def _judge(history: list[dict[str, Any]], number: int) -> list[Finding]:
     """The loss must have fallen: the mean of the last tenth of the steps below that of the first tenth.
 
     A run that blows up in its first steps can end below those and far above its start. The loss of step 1 is that of
-    the untouched model, so ending above twice that and by more than one nat per unit is an error as well.
+    the model before this phase, so ending above twice that and by more than one nat per unit is an error as well.
     """
     losses = [record["loss"] for record in history]
     tenth = max(1, len(losses) // 10)
