@@ -22,7 +22,7 @@ def _start(command, folder, method):
     return json.loads((folder / "found.json").read_text())
 
 
-@pytest.fixture(scope="module", params=["full", "lora", "lisa", "experts"])
+@pytest.fixture(scope="module", params=["full", "lora", "lisa", "experts", "dpo", "cached", "cpo", "kto"])
 def alone(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param) / "alone"
     return request.param, _start([sys.executable, str(HERE / "two_processes.py")], folder, request.param)
@@ -42,8 +42,9 @@ def test_two_processes_equal_one(tmp_path, alone, command):
         return
     two = _start(command, tmp_path / "two", method)
     assert (one["processes"], two["processes"]) == (1, 2)
-    for expected, step in zip(one["steps"], two["steps"], strict=True):
-        assert step == pytest.approx(expected, abs=1e-4)
+    if method != "kto":  # whose z0 depends on which answers share a micro-batch
+        for expected, step in zip(one["steps"], two["steps"], strict=True):
+            assert step == pytest.approx(expected, abs=1e-4)
     for found in (one, two):
         for expected, step in zip(found["steps"][5:], found["resumed"], strict=True):
             assert step == pytest.approx(expected, abs=1e-6)

@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from luthier.methods import build
 from luthier.models.topology import Topology
-from luthier.objectives import Sft
 from luthier.train import Loop, TrainSettings
 from luthier.tune import Probe
 
@@ -30,7 +29,20 @@ class Examples:
         return self.rows[index]
 
 
+class Preferences(Examples):
+    """Pairs: every two examples share a row, and a prompt."""
+
+    def __init__(self, count):
+        super().__init__(2 * count)
+        self.row = np.arange(2 * count) // 2
+
+
 def loop_in(directory, method):
+    objective = {"method": "sft"}
+    if method in ("dpo", "cached", "kto", "cpo"):
+        reference = {"reference": "cached"} if method == "cached" else {}
+        objective = {"method": "dpo" if method == "cached" else method} | reference
+        method = "lora" if method in ("dpo", "kto") else "full"
     torch.manual_seed(1)
     shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     if method == "experts":  # of which some see no token in a step
@@ -39,6 +51,7 @@ def loop_in(directory, method):
     else:
         config = LlamaConfig(**shape, num_attention_heads=4)
     model = AutoModelForCausalLM.from_config(config)
+    pairs = objective["method"] != "sft"
     tuning = {"method": "lisa", "active_layers": 1, "interval": 3} if method == "lisa" else method
     tuned = build("tune", tuning).attach(model, Probe(Topology.of(model)))
     settings = TrainSettings(
@@ -49,7 +62,8 @@ def loop_in(directory, method):
         save_steps=5,
         save_total_limit=9,
     )
-    return Loop(tuned, Sft(), settings, Examples(41), Examples(9), directory=directory, device="cpu")
+    rows = (Preferences(40), Preferences(8)) if pairs else (Examples(41), Examples(9))
+    return Loop(tuned, build("objectives", objective), settings, *rows, directory=directory, device="cpu")
 
 
 def main(folder, method):

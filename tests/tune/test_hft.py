@@ -32,7 +32,7 @@ def run(tuned, steps, first=0, optimizer=None):
     for step in range(first, first + steps):
         tuned.on_step_begin(step)
         ids = torch.randint(0, 64, (3, 9), generator=torch.Generator().manual_seed(step))
-        Sft().loss(tuned.model, {"input_ids": ids, "labels": ids}).value.backward()
+        Sft().loss(tuned.model, {"input_ids": ids, "labels": ids}).value().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return optimizer

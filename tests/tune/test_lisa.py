@@ -39,7 +39,7 @@ def run(tuned, steps, optimizer=None, first=0, watch=lambda step: None):
     for step in range(first, first + steps):
         tuned.on_step_begin(step)
         watch(step)
-        Sft().loss(tuned.model, batch(step)).value.backward()
+        Sft().loss(tuned.model, batch(step)).value().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return optimizer
@@ -104,7 +104,7 @@ def test_equals_freezing_by_hand_with_an_optimiser_built_anew():
             optimizer = torch.optim.AdamW(groups, lr=1e-3)
             for name, state in carried.items():
                 optimizer.state[moving[name]] = state
-        Sft().loss(model, batch(step)).value.backward()
+        Sft().loss(model, batch(step)).value().backward()
         optimizer.step()
         model.zero_grad(set_to_none=True)
         carried = {n: optimizer.state[p] for n, p in moving.items() if ".layers." not in n}

@@ -45,7 +45,7 @@ def step(tuned, steps=2, rate=0.05, first=0, optimizer=None):
         tuned.on_phase_begin(optimizer, steps_per_epoch=2)
     for number in range(first, first + steps):
         tuned.on_step_begin(number)
-        Sft().loss(tuned.model, batch()).value.backward()
+        Sft().loss(tuned.model, batch()).value().backward()
         tuned.on_grad(number)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

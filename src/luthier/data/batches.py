@@ -71,9 +71,37 @@ def plan_epoch(
         rows = rows[np.argsort(-sizes[rows], kind="stable")]
         shares = [rows[rank::ranks] for rank in range(ranks)]
         step = [cut(share.tolist(), sizes[share].tolist(), tokens_per_batch) for share in shares]
-        most = max(len(batches) for batches in step)
-        plan.append([batches + [[] for _ in range(most - len(batches))] for batches in step])
+        plan.append(_filled(step))
     return plan
+
+
+def at_least(plan: Sequence[Step], rows: int) -> list[Step]:
+    """`plan` with micro-batches below `rows` examples joined to the one before them (or after, for the first).
+
+    Such a micro-batch may exceed the token budget. Raises `InputError` where a rank has fewer examples in a step.
+    """
+    return [_filled([_joined(batches, rows) for batches in step]) for step in plan]
+
+
+def _joined(batches: list[MicroBatch], rows: int) -> list[MicroBatch]:
+    done: list[MicroBatch] = []
+    for batch in (b for b in batches if b):
+        if done and (len(batch) < rows or len(done[-1]) < rows):
+            done[-1] = done[-1] + batch
+        else:
+            done.append(batch)
+    if done and len(done[0]) < rows:
+        raise InputError(
+            f"a step leaves {len(done[0])} row to a device, and this objective needs {rows} at a time",
+            where="tune.train.effective_batch_size",
+            fix="choose one that leaves no such rest of the number of rows",
+        )
+    return done
+
+
+def _filled(step: Step) -> Step:
+    most = max(len(batches) for batches in step)
+    return [batches + [[] for _ in range(most - len(batches))] for batches in step]
 
 
 def padding_share(plan: Sequence[Step], lengths: ArrayLike) -> float:

@@ -10,7 +10,17 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-METHODS = {"sft": "luthier.objectives.sft:Sft"}
+METHODS = {
+    "sft": "luthier.objectives.sft:Sft",
+    "dpo": "luthier.objectives.dpo:Dpo",
+    "robust": "luthier.objectives.robust:Robust",
+    "hinge": "luthier.objectives.hinge:Hinge",
+    "ipo": "luthier.objectives.ipo:Ipo",
+    "kto": "luthier.objectives.kto:Kto",
+    "cpo": "luthier.objectives.cpo:Cpo",
+    "simpo": "luthier.objectives.simpo:Simpo",
+    "orpo": "luthier.objectives.orpo:Orpo",
+}
 
 _WHERE = {
     "Objective": "luthier.objectives.base",

@@ -28,11 +28,11 @@ class Sft(Objective):
     paper: ClassVar[int | None] = None
     normaliser: Normaliser = "token"
 
-    def units(self, batch: Batch) -> float:
+    def units(self, batch: Batch) -> dict[str, float]:
         chosen = labelled(batch["labels"])
         if self.normaliser == "token":
-            return float(chosen.sum())
-        return float(sequence_index(batch)[chosen].unique().numel())
+            return {"token": float(chosen.sum())}
+        return {"sequence": float(sequence_index(batch)[chosen].unique().numel())}
 
     def loss(self, model: nn.Module, batch: Batch, credit: Tensor | None = None) -> Loss:
         scored = token_logprobs(model, batch)
@@ -43,10 +43,10 @@ class Sft(Objective):
             "token_accuracy": (float(scored.correct.sum()), tokens),
         }
         if self.normaliser == "token":
-            return Loss(losses.sum(), tokens, metrics)
+            return Loss({"token": losses.sum()}, {"token": tokens}, metrics)
         sequences = sequence_index(batch)[labelled(batch["labels"])]
         value, units = sum_of_means(losses, sequences)
-        return Loss(value, units, metrics)
+        return Loss({"sequence": value}, {"sequence": units}, metrics)
 
 
 def sum_of_means(values: Tensor, groups: Tensor) -> tuple[Tensor, float]:

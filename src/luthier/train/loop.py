@@ -3,7 +3,7 @@
     for each optimiser step:
         rows     which rows: a pure function of (seed, epoch, step), the same for any number of devices
         units    how many units the objective sums over in the whole step, on all devices
-        loss     sum over micro-batches of `objective.loss(...).value / units`, so how a step is cut is of no influence
+        loss     sum over micro-batches of `objective.loss(...).value(units)`, so how a step is cut is of no influence
         step     tuned.on_grad, clip, optimiser, schedule, tuned.on_step_end
 
 `steps()` is a generator that yields one record after each optimiser step; checkpoints, validation and early stopping
@@ -22,22 +22,27 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import get_scheduler
 
-from luthier.data.batches import Step, plan_epoch
-from luthier.data.collate import pack_batch, pad_batch
+from luthier.data.batches import Step, at_least, plan_epoch
+from luthier.data.pairs import PairedExamples
 from luthier.errors import CrashError, GateError, InputError
 from luthier.models.shards import gathered, let_go, whole
 from luthier.models.topology import Topology
-from luthier.objectives.base import IGNORED, Objective
+from luthier.objectives.base import Loss, Objective
+from luthier.objectives.preference import Referenced
 from luthier.train.checkpoints import Checkpoints, flat_optimizer, restore_optimizer, restore_random_state
+from luthier.train.micro_batch import micro_batch
 from luthier.train.optimizers import inner, make_optimizer
 from luthier.train.ranks import on_cpu
 from luthier.train.records import StepRecord, append_record, cut_records
+from luthier.train.reference import Reference, cache, without_dropout
 from luthier.train.settings import TrainSettings
 from luthier.train.signals import StopSignals
 from luthier.tune.base import Tuned
@@ -87,12 +92,14 @@ class Loop:
         device: str = "auto",
         trackers: Sequence[str] = (),
     ):
-        if len(train) == 0:
+        self.train: Examples = PairedExamples(train) if objective.pairs else train
+        self.validation = PairedExamples(validation) if objective.pairs and validation else validation
+        if len(self.train) == 0:
             raise InputError("there is no training example", where="data", fix="look at the findings of the data stage")
         if directory:
             directory.mkdir(parents=True, exist_ok=True)
         self.tuned, self.objective, self.settings = tuned, objective, settings
-        self.train, self.validation = train, validation
+        self.reference = Reference(tuned, objective) if isinstance(objective, Referenced) else None
         self.directory, self.seed, self.pad_id, self.packing = directory, seed, pad_id, packing
         AcceleratorState._reset_state(reset_partial_state=True)  # another loop may have left its own
         self.accelerator = Accelerator(
@@ -108,9 +115,10 @@ class Loop:
             base: Any = tuned.base_model
             base.gradient_checkpointing_enable({"use_reentrant": False})
             base.enable_input_require_grads()
-        self.steps_per_epoch = math.ceil(len(train) / settings.effective_batch_size)
+        self.steps_per_epoch = math.ceil(len(self.train) / settings.effective_batch_size)
         self.total = settings.max_steps or max(1, math.ceil(settings.num_train_epochs * self.steps_per_epoch))
-        self.learning_rate = settings.learning_rate or tuned.settings.default_learning_rate
+        default_rate = tuned.settings.default_learning_rate * objective.learning_rate_scale
+        self.learning_rate = settings.learning_rate or default_rate
         # Together, so that FSDP2 can exchange the optimiser's parameters for their shards.
         self.model, self.optimizer = self.accelerator.prepare(
             tuned.model, make_optimizer(tuned, settings, self.learning_rate)
@@ -144,14 +152,20 @@ class Loop:
 
     def steps(self) -> Iterator[StepRecord]:
         """Resume from the newest checkpoint if there is one, then yield a record after each optimiser step."""
+        if self.reference and self.reference.cached:
+            for name, pairs in (("train", self.train), ("validation", self.validation)):
+                if isinstance(pairs, PairedExamples):
+                    self._cache(self.reference, name, pairs)
+            self.reference = None
         self.resume()
         self.model.train()
-        while self.done < self.total and not self.stopped_early:
-            epoch, first = divmod(self.done, self.steps_per_epoch)
-            for step in self._plan(epoch)[first:]:
-                yield self._advance(step)
-                if self.done >= self.total or self.stopped_early:
-                    break
+        with without_dropout(self.model) if self.objective.without_dropout else contextlib.nullcontext():
+            while self.done < self.total and not self.stopped_early:
+                epoch, first = divmod(self.done, self.steps_per_epoch)
+                for step in self._plan(epoch)[first:]:
+                    yield self._advance(step)
+                    if self.done >= self.total or self.stopped_early:
+                        break
         self.model.eval()
         self.tuned.on_phase_end()
         if self.settings.load_best_model_at_end and self.checkpoints and self.best is not None:
@@ -186,33 +200,34 @@ class Loop:
         began = time.perf_counter()
         rank = self.accelerator.process_index
         batches = [self._collate(indices) for indices in step[rank]]
+        sizes = self.train.tokens if isinstance(self.train, PairedExamples) else self.train.lengths
         tokens, rows = (
-            sum(int(self.train.lengths[i]) for r in step for b in r for i in b),
+            sum(int(sizes[i]) for r in step for b in r for i in b),
             sum(len(b) for r in step for b in r),
         )
-        units = self._over_devices([sum(self.objective.units(b) for b in batches)])[0]
-        if units == 0:
+        units = self._add([self.objective.units(batch) for batch in batches])
+        if not any(units.values()):
             raise InputError(
                 "no token of this step carries a label", where=f"step {self.done + 1}", fix="look at the loss mask"
             )
         rate = float(self.schedule.get_last_lr()[0])
         self.tuned.on_step_begin(self.done)
-        total = 0.0
+        total: list[dict[str, float]] = []
         sums: dict[str, tuple[float, float]] = {}
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
                 with self.accelerator.autocast():
-                    loss = self.objective.loss(self.model, batch)
+                    loss = self._loss(batch)
                 # Gradients are averaged over devices, so each device's sum counts that many times.
-                self.accelerator.backward(loss.value * (self.accelerator.num_processes / units))
-            total += float(loss.value.detach())
+                self.accelerator.backward(loss.value(units) * self.accelerator.num_processes)
+            total.append({name: float(value.detach()) for name, value in loss.sums.items()})
             for name, (value, weight) in loss.metrics.items():
                 old = sums.get(name, (0.0, 0.0))
                 sums[name] = (old[0] + value, old[1] + weight)
         names = sorted(sums)  # an objective reports the same ones on every device
-        total, *parts = self._over_devices([total, *(part for name in names for part in sums[name])])
-        mean = total / units
+        parts = self._over_devices([part for name in names for part in sums[name]])
+        mean = _mean(self._add(total), units)
         self.tuned.on_grad(self.done)
         norm = float(whole(self.accelerator.clip_grad_norm_(self.tuned.moving().values(), self.settings.max_grad_norm)))
         skippable = self.settings.mixed_precision == "fp16"  # the scaler itself skips steps that overflow
@@ -234,16 +249,36 @@ class Loop:
 
     def _collate(self, indices: list[int], examples: Examples | None = None) -> dict[str, Tensor]:
         source = self.train if examples is None else examples
-        if indices:
-            chosen = [source[i] for i in indices]
-        else:  # a device without rows in this micro-batch still takes part, with a row that carries no label
-            ids = list(source[0]["input_ids"])[:2]
-            chosen = [{"input_ids": ids, "labels": [IGNORED] * len(ids)}]
-        batch = pack_batch(chosen) if self.packing else pad_batch(chosen, self.pad_id)
-        return {name: tensor.to(self.accelerator.device) for name, tensor in batch.items()}
+        device = self.accelerator.device
+        return micro_batch(source, indices, self.objective, packing=self.packing, pad_id=self.pad_id, device=device)
+
+    def _loss(self, batch: dict[str, Tensor]) -> Loss:
+        if self.reference:
+            batch = self.reference.complete(self.model, batch, self.objective.referenced)
+        return self.objective.loss(self.model, batch)
+
+    def _cache(self, reference: Reference, name: str, pairs: PairedExamples) -> None:
+        """Score all `pairs` under the reference, each device its share, unless a whole file of them is there."""
+
+        def score() -> NDArray[np.float64]:
+            found = torch.zeros(len(pairs), 2, dtype=torch.float64, device=self.accelerator.device)
+            for step in self._plan(0, pairs):
+                for indices in step[self.accelerator.process_index]:
+                    with self.accelerator.autocast():
+                        scored = reference.logprobs(self.model, self._collate(indices, pairs))
+                    if indices:
+                        found[indices] = scored.view(2, -1).T.double()
+            if self.accelerator.num_processes > 1:
+                found = self.accelerator.reduce(found, reduction="sum")  # type: ignore[assignment]
+            return found.cpu().numpy()
+
+        path = self.directory / f"reference-{name}.parquet" if self.directory else None
+        cache(pairs, reference.weights, path, score, self.accelerator.is_main_process)
+        let_go(self.model)
+        self.accelerator.wait_for_everyone()
 
     def _plan(self, epoch: int, examples: Examples | None = None) -> list[Step]:
-        return plan_epoch(
+        plan = plan_epoch(
             (self.train if examples is None else examples).lengths,
             seed=self.seed,
             epoch=epoch,
@@ -253,6 +288,12 @@ class Loop:
             bucketing=self.settings.group_by_length,
             packing=self.packing,
         )
+        return at_least(plan, self.objective.smallest_batch) if self.objective.smallest_batch > 1 else plan
+
+    def _add(self, parts: list[dict[str, float]]) -> dict[str, float]:
+        """Sums by name, over `parts` and over all devices; every device names the same."""
+        names = sorted({name for part in parts for name in part})
+        return dict(zip(names, self._over_devices([sum(p.get(n, 0.0) for p in parts) for n in names]), strict=True))
 
     def _over_devices(self, values: list[float]) -> list[float]:
         """The sums over all devices."""
@@ -271,16 +312,17 @@ class Loop:
         if self.validation is None or len(self.validation) == 0:
             return None
         self.model.eval()
-        value = units = 0.0
+        sums: list[dict[str, float]] = []
+        units: list[dict[str, float]] = []
         with torch.no_grad(), self.accelerator.autocast():
             for step in self._plan(0, self.validation):
                 for indices in step[self.accelerator.process_index]:
-                    loss = self.objective.loss(self.model, self._collate(indices, self.validation))
-                    value, units = value + float(loss.value), units + loss.units
+                    loss = self._loss(self._collate(indices, self.validation))
+                    sums.append({name: float(value) for name, value in loss.sums.items()})
+                    units.append(loss.units)
         self.model.train()
         let_go(self.model)
-        value, units = self._over_devices([value, units])
-        mean = value / max(units, 1.0)
+        mean = _mean(self._add(sums), self._add(units))
         if self.best is None or mean < self.best:
             self.best, self.since_best = mean, 0
             if self.settings.load_best_model_at_end and self.checkpoints:
@@ -324,6 +366,11 @@ class Loop:
             "since_best": self.since_best,
             "stopped_early": self.stopped_early,
         }
+
+
+def _mean(sums: dict[str, float], units: dict[str, float]) -> float:
+    """What `Loss.value` says, of numbers."""
+    return sum(value / units[name] for name, value in sums.items() if units[name])
 
 
 def _distributed(tuned: Tuned) -> list[Any]:

@@ -17,6 +17,7 @@ in the `Tuned` and hands it out through `extra_state`, so that a resumed run goe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -108,6 +109,10 @@ class Tuned:
 
     def on_phase_end(self) -> None:
         """After the last step."""
+
+    def untuned(self) -> AbstractContextManager[Any] | None:
+        """A context in which `self.model` computes what the base does; None where that would take a copy of it."""
+        return None
 
     # What is kept
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -133,6 +134,9 @@ class Lora(Tuning):
 
 class LoraTuned(Tuned):
     """A PEFT model; saved as a PEFT adapter."""
+
+    def untuned(self) -> AbstractContextManager[Any] | None:
+        return self.model.disable_adapter()  # type: ignore[operator]
 
     def save(self, directory: Path) -> str:
         self.model.save_pretrained(directory, safe_serialization=True)  # type: ignore[operator]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import xxhash
 
+from luthier.data.pairs import PairedExamples
 from luthier.data.store import Encodings
 from luthier.errors import GateError, InputError
 from luthier.findings import Finding
@@ -49,6 +50,11 @@ class TuneStage(Stage):
             loop = make_loop(context, loaded, phase, directory=directory / f"phase-{number}", phase_number=number)
             assert loop.directory is not None
             loop.directory.mkdir(parents=True, exist_ok=True)
+            if isinstance(loop.train, PairedExamples) and loop.train.identical:
+                text = f"{loop.train.identical} pairs were left out because both answers are the same"
+                findings.append(
+                    Finding(level="warn", code="tune.identical_pairs", message=text, value=loop.train.identical)
+                )
             moving, whole = share_that_moves(loop.tuned)
             frozen = _fingerprint(loop.tuned.frozen().values())
             began = time.perf_counter()
