@@ -34,6 +34,15 @@ CASES: dict[str, tuple[int, float, dict[str, Any], int]] = {
     "lora-all": (4096, 0.0, {"method": "lora", "rank": 16}, 640),
 }
 RATES = {"full": 2e-4, "lora": 1e-3}
+# TRL: rows packed not at all, into its default of 8 packed rows a step, or so many that a step has as many rows as
+# elsewhere; gradient checkpointing, which is on unless switched off.
+TRL = {
+    "trl": ("", True),
+    "trl-no-checkpointing": ("", False),
+    "trl-packing": ("default", True),
+    "trl-packing-rows": ("rows", True),
+    "trl-packing-rows-no-checkpointing": ("rows", False),
+}
 
 
 def rows_of(case: str, seed: int = 0) -> list[dict[str, list[int]]]:
@@ -110,7 +119,7 @@ def with_luthier(
         learning_rate=learning_rate or RATES[tuning["method"]],
         num_train_epochs=1,
         effective_batch_size=ROWS_PER_STEP,
-        max_tokens_per_device=2048,
+        max_tokens_per_device=1024,  # on a processor activations that fit its cache are faster than more at a time
         lr_scheduler_type="linear",
         warmup_steps=0,
     )
@@ -184,17 +193,17 @@ def loss_over(model: Any, rows: list[dict[str, list[int]]]) -> float:
     return total / count
 
 
-def matmul_rates() -> dict[str, float]:
-    """Float32 operations per second of this machine's matrix product, at a large square and at the model's shapes."""
+def matmul_rates(seconds: float = 1.0) -> dict[str, float]:
+    """Float32 operations per second of this machine's matrix product, kept up for `seconds` each: at a large square
+    and at the model's shapes. Not the best of many: training has to keep it up too."""
     found = {}
-    for name, (m, k, n) in {"square_1024": (1024, 1024, 1024), "feed_forward": (2048, 256, 688)}.items():
-        a, b = torch.randn(m, k), torch.randn(k, n)
-        best = float("inf")
-        for _ in range(30):
-            began = time.perf_counter()
-            a @ b
-            best = min(best, time.perf_counter() - began)
-        found[name] = 2 * m * k * n / best
+    for name, (m, k, n) in {"square_1024": (1024, 1024, 1024), "feed_forward": (1024, 256, 688)}.items():
+        a, b, out = torch.randn(m, k), torch.randn(k, n), torch.empty(m, n)
+        count, began = 0, time.perf_counter()
+        while time.perf_counter() - began < seconds:
+            torch.mm(a, b, out=out)
+            count += 1
+        found[name] = 2 * m * k * n * count / (time.perf_counter() - began)
     return found
 
 
@@ -213,7 +222,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument(
         "framework",
-        choices=("base", "luthier", "luthier-packing", "trl", "trl-no-checkpointing", "trl-packing", "trl-packing-8"),
+        choices=("base", "luthier", "luthier-packing", *TRL),
     )
     parser.add_argument("case", choices=CASES)
     parser.add_argument("folder", type=Path, help="of the bases, which are made when missing, and of the outcome")
@@ -227,17 +236,18 @@ def main() -> None:
     before = loss_over(model.eval(), rows)
     start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     model.train()
-    rates, needed = matmul_rates(), operations(model, case, rows)
+    before_rates, needed = matmul_rates(), operations(model, case, rows)
     if arguments.framework.startswith("luthier"):
         model, seconds = with_luthier(model, case, rows, arguments.framework == "luthier-packing")
     else:
-        packing = {"trl-packing": "rows", "trl-packing-8": "default"}.get(arguments.framework, "")
-        checkpointing = arguments.framework == "trl"  # TRL's own default
+        packing, checkpointing = TRL[arguments.framework]
         model, seconds = with_trl(model, case, rows, packing, checkpointing)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    rates = {name: (rate + before_rates[name]) / 2 for name, rate in matmul_rates().items()}
     found = {
         "seconds": seconds,
         "tokens": sum(len(row["input_ids"]) for row in rows),
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": peak,
         "start_bytes": start,
         "operations": needed,
         "matmul_rates": rates,

@@ -5,9 +5,9 @@
 
 Each training is a process of its own (`sft_worker.py`). Prints ratios of medians and writes
 benchmarks/results/speed.json. The model is a Llama of 6 blocks, 256 wide; rows have log-normal lengths (median 67, at
-most 480), 16 rows a step. "trl" is TRL as it comes (gradient checkpointing on); "trl-packing" packs rows into 1,024
-tokens, so many packed rows a step as make about 16 rows; "trl-packing-8" takes its default of 8 packed rows a step,
-which are fewer and larger steps. Masked cases have 75% of each row as prompt and 49,152 tokens in the vocabulary.
+most 480), 16 rows a step. "trl" is TRL as it comes (gradient checkpointing on); "trl-packing" is that with packing
+switched on (8 packed rows of 1,024 tokens a step: fewer and larger steps); "trl-packing-rows" takes so many packed rows
+a step as make about 16 rows. Masked cases have 75% of each row as prompt and 49,152 tokens in the vocabulary.
 """
 
 from __future__ import annotations
@@ -26,7 +26,13 @@ from typing import Any
 
 HERE = Path(__file__).parent
 PEERS = {
-    "full-all": ("trl", "trl-no-checkpointing", "trl-packing", "trl-packing-8"),
+    "full-all": (
+        "trl",
+        "trl-no-checkpointing",
+        "trl-packing",
+        "trl-packing-rows",
+        "trl-packing-rows-no-checkpointing",
+    ),
     "full-masked": ("trl",),
     "lora-all": ("trl",),
     "lora-masked": ("trl",),
@@ -35,6 +41,7 @@ PEERS = {
 TARGETS = {
     ("full-all", "trl"): (3.0, None),
     ("full-all", "trl-packing"): (2.4, None),
+    ("full-all", "trl-packing-rows"): (2.4, None),
     ("full-masked", "trl"): (6.0, 0.45),
     ("lora-masked", "trl"): (6.0, 0.45),
     ("lora-all", "trl"): (2.0, None),
@@ -96,7 +103,7 @@ def show(case: str, found: dict[str, Any]) -> None:
     for peer, row in found["against"].items():
         target = f" (target {row['target_speed']}x)" if row["target_speed"] else ""
         print(
-            f"  {peer:<22} {row['speed_ratio']:5.2f}x as fast{target}, {row['memory_ratio']:.2f}x the peak memory, "
+            f"  {peer:<34} {row['speed_ratio']:5.2f}x as fast{target}, {row['memory_ratio']:.2f}x the peak memory, "
             f"loss {row['loss_ours']:.3f} against {row['loss_theirs']:.3f}"
         )
 

@@ -5,6 +5,7 @@
     run = lt.run("recipe.yaml")              # data -> model -> environment -> tune -> evaluate -> deploy -> monitor
     plan = lt.plan("recipe.yaml")            # what would happen and what it would cost
     tuned, records = lt.fit(model, tokenizer, rows, tuning={"method": "lora", "rank": 8})
+    lt.merge("ties", base="base", models=["a", "b"], out="merged")
 
 Importing this package imports neither torch nor transformers; each name below is fetched when it is first used.
 """
@@ -40,12 +41,14 @@ __all__ = [
     "Recipe",
     "__version__",
     "fit",
+    "merge",
     "plan",
     "resume",
     "run",
 ]
 
 if TYPE_CHECKING:
+    from luthier import merge
     from luthier.errors import CrashError, GateError, InputError, LuthierError
     from luthier.findings import Finding
     from luthier.methods import Method
@@ -56,6 +59,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "merge":  # a room that is its own verb: `lt.merge(...)`
+        return importlib.import_module("luthier.merge")
     if name in _WHERE:
         return getattr(importlib.import_module(_WHERE[name]), name)
     raise AttributeError(f"module 'luthier' has no attribute {name!r}")

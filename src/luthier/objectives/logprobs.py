@@ -43,7 +43,7 @@ class TokenLogprobs:
         rows: (tokens,) int64, the row of each token.
         positions: (tokens,) int64, the position of each token (of the label, not of the state that predicts it).
         entropy: (tokens,) float32 in nats, without gradient, of the full next-token distribution; None unless asked.
-        correct: (tokens,) bool, whether the label was the most probable token.
+        correct: (tokens,) bool, whether no token was more probable than the label.
     """
 
     logprobs: Tensor
@@ -115,7 +115,7 @@ def _score(logits: Tensor, targets: Tensor, entropy: bool) -> tuple[Tensor, Tens
     logits = logits.float()
     logprobs = -F.cross_entropy(logits, targets, reduction="none")
     with torch.no_grad():
-        correct = logits.argmax(-1) == targets
+        correct = logits.gather(1, targets[:, None])[:, 0] >= logits.amax(-1)
         entropies = torch.distributions.Categorical(logits=logits).entropy() if entropy else logprobs.new_empty(0)
     return logprobs, entropies, correct
 

@@ -37,6 +37,7 @@ from luthier.models.shards import gathered, let_go, whole
 from luthier.models.topology import Topology
 from luthier.objectives.base import Loss, Objective
 from luthier.objectives.preference import Referenced
+from luthier.train.allocator import keep_freed_memory
 from luthier.train.checkpoints import Checkpoints, flat_optimizer, restore_optimizer, restore_random_state
 from luthier.train.micro_batch import micro_batch
 from luthier.train.optimizers import inner, make_optimizer
@@ -109,6 +110,8 @@ class Loop:
             project_dir=str(directory) if directory else None,
             kwargs_handlers=_distributed(tuned),
         )
+        if self.accelerator.device.type == "cpu":
+            keep_freed_memory()
         if trackers:
             self.accelerator.init_trackers("luthier", config=settings.model_dump(mode="json"))
         if settings.gradient_checkpointing:

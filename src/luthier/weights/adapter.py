@@ -58,7 +58,7 @@ class LowRankDelta(Delta):
             yield flat(given)
             return
         self._check(name, given, _FLOATS[about["dtype"]])
-        left, right = self._factors(name)
+        left, right = self.factors(name)
         rows = _rows(given)
         if sign > 0:
             for start in range(0, given.shape[0], rows):
@@ -73,9 +73,10 @@ class LowRankDelta(Delta):
     def change(self, name: str) -> Tensor:
         """scale B A as float32, in the shape of the base's tensor; the same bits on every machine, not rounded to
         the base's type."""
-        return product(*self._factors(name))
+        return product(*self.factors(name))
 
-    def _factors(self, name: str) -> tuple[Tensor, Tensor]:
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """(rows, rank) and (rank, columns) float32, the scale in the first; their product is `change`."""
         about = self.tensors[name]
         a, b = (self.stored[f"{name}#{side}"].view(torch.float32) for side in "AB")
         return oriented(a.view(about["rank"], -1), b.view(-1, about["rank"]), about["scale"], about["transposed"])
@@ -120,7 +121,7 @@ def from_adapter(
     refuse_filled(out)
     config = _plain(adapter)
     factors, weights = Weights.open(adapter / ADAPTER), Weights.open(base)
-    targets = _targets(factors, weights, adapter)
+    targets = _targets(factors, weights.infos, adapter)
     hashes: dict[str, list[str]] = {}
     tensors: dict[str, Any] = {}
     with write_aside(out) as aside:
@@ -137,6 +138,19 @@ def from_adapter(
     return Delta.open(out)
 
 
+def factors_of(adapter: Path, infos: Mapping[str, Info]) -> dict[str, tuple[Tensor, Tensor]]:
+    """The factors of a plain LoRA adapter by the name of the weight that they change, oriented as it is stored.
+
+    Returns (rows, rank) and (rank, columns) float32, the scale in the first: the weight's change is their product.
+    Raises `InputError` if it is no plain LoRA adapter, or its targets are not in `infos` or of another shape.
+    """
+    config, factors = _plain(adapter), Weights.open(adapter / ADAPTER)
+    found = {}
+    for name, keys in _targets(factors, infos, adapter).items():
+        found[name] = _pair(name, infos[name], factors, keys, config)[0]
+    return found
+
+
 def _converted(
     name: str,
     old: Tensor,
@@ -147,16 +161,7 @@ def _converted(
     with_residue: bool,
 ) -> tuple[dict[str, Any], str]:
     """Store one target's factors and residue; returns what `delta.json` says of it and the hash of the tuned tensor."""
-    a, b = (factors[key].float() for key in keys)
-    if a.ndim != 2 or b.ndim != 2 or old.ndim != 2 or a.shape[0] != b.shape[1]:
-        shapes = ", ".join(str(list(tensor.shape)) for tensor in (a, b, old))
-        raise InputError(f"{name} is no linear with factors A and B (A, B and weight are {shapes})")
-    square = a.shape[1] == b.shape[0]
-    transposed = bool(config.get("fan_in_fan_out")) if square else tuple(old.shape) == (a.shape[1], b.shape[0])
-    scale = _scale(config, name, a.shape[0])
-    left, right = oriented(a, b, scale, transposed)
-    if (left.shape[0], right.shape[1]) != tuple(old.shape):
-        raise InputError(f"{name} is {list(old.shape)}, its factors give {[left.shape[0], right.shape[1]]}")
+    (left, right), (a, b), scale, transposed = _pair(name, Info.of(old), factors, keys, config)
     tuned = TensorHash(Info.of(old))
     changed = 0
 
@@ -181,6 +186,23 @@ def _converted(
     return about, tuned.hex()
 
 
+def _pair(
+    name: str, old: Info, factors: Mapping[str, Tensor], keys: tuple[str, str], config: Mapping[str, Any]
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], float, bool]:
+    """One target's factors: oriented and scaled, as stored (A, B), the scale, whether transposed."""
+    a, b = (factors[key].float() for key in keys)
+    if a.ndim != 2 or b.ndim != 2 or len(old.shape) != 2 or a.shape[0] != b.shape[1]:
+        shapes = ", ".join(str(list(shape)) for shape in (a.shape, b.shape, old.shape))
+        raise InputError(f"{name} is no linear with factors A and B (A, B and weight are {shapes})")
+    square = a.shape[1] == b.shape[0]
+    transposed = bool(config.get("fan_in_fan_out")) if square else tuple(old.shape) == (a.shape[1], b.shape[0])
+    scale = _scale(config, name, a.shape[0])
+    left, right = oriented(a, b, scale, transposed)
+    if (left.shape[0], right.shape[1]) != tuple(old.shape):
+        raise InputError(f"{name} is {list(old.shape)}, its factors give {[left.shape[0], right.shape[1]]}")
+    return (left, right), (a, b), scale, transposed
+
+
 def _rows(tensor: Tensor) -> int:
     """Rows of a matrix that make about one piece."""
     return max(1, exact.PIECE // max(1, tensor.shape[1]))
@@ -203,7 +225,7 @@ def _plain(adapter: Path) -> dict[str, Any]:
     return config
 
 
-def _targets(factors: Mapping[str, Tensor], weights: Weights, adapter: Path) -> dict[str, tuple[str, str]]:
+def _targets(factors: Mapping[str, Tensor], infos: Mapping[str, Info], adapter: Path) -> dict[str, tuple[str, str]]:
     """Weight name -> names of its factors A and B; refuses factors that belong to nothing."""
     found = {}
     for key in factors:
@@ -211,14 +233,14 @@ def _targets(factors: Mapping[str, Tensor], weights: Weights, adapter: Path) -> 
             module = key.removesuffix(".lora_A.weight").removeprefix(_PREFIX)
             found[f"{module}.weight"] = (key, key.replace(".lora_A.", ".lora_B."))
     known = {name for pair in found.values() for name in pair}
-    odd = sorted(set(factors) ^ known) + sorted(set(found) - set(weights))
+    odd = sorted(set(factors) ^ known) + sorted(set(found) - set(infos))
     if odd or not found:
         raise InputError(
             f"these do not belong to a linear of the base: {some(odd) or 'no factors'}", where=str(adapter)
         )
-    wrong = [name for name in found if NAMES[weights.infos[name].dtype] not in _FLOATS]
+    wrong = [name for name in found if NAMES[infos[name].dtype] not in _FLOATS]
     if wrong:
-        raise InputError(f"{wrong[0]} is {weights.infos[wrong[0]]}; expected one of {', '.join(_FLOATS)}")
+        raise InputError(f"{wrong[0]} is {infos[wrong[0]]}; expected one of {', '.join(_FLOATS)}")
     return found
 
 

@@ -1,0 +1,53 @@
+"""Merges: several models of one shape become one, by what their files hold, whatever their size.
+
+    import luthier as lt
+    lt.merge("ties", base="base", models=["a", "b", "c"], out="merged")
+
+The contract is in `luthier.merge.base`; `METHODS` maps names to where the methods live, so that listing them imports
+nothing heavy. The room itself can be called: `lt.merge(...)` is `luthier.merge.run.merge(...)`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+METHODS = {
+    "linear": "luthier.merge.linear:Linear",
+    "task-arithmetic": "luthier.merge.task_arithmetic:TaskArithmetic",
+    "ties": "luthier.merge.ties:Ties",
+}
+
+_WHERE = {
+    "Merge": "luthier.merge.base",
+    "Merged": "luthier.merge.base",
+    "Tile": "luthier.merge.base",
+    "WholeModelMerge": "luthier.merge.base",
+    "MergeResult": "luthier.merge.run",
+    "merge": "luthier.merge.run",
+}
+__all__ = ["METHODS", "Merge", "MergeResult", "Merged", "Tile", "WholeModelMerge", "merge"]
+
+if TYPE_CHECKING:
+    from luthier.merge.base import Merge, Merged, Tile, WholeModelMerge
+    from luthier.merge.run import MergeResult, merge
+
+
+def __getattr__(name: str) -> Any:
+    if name in _WHERE:
+        return getattr(importlib.import_module(_WHERE[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class _Room(ModuleType):
+    """The package as a function, since its name is also the verb."""
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        from luthier.merge.run import merge
+
+        return merge(*args, **named)
+
+
+sys.modules[__name__].__class__ = _Room

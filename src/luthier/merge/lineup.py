@@ -1,0 +1,205 @@
+"""Models lined up tensor by tensor: which names they share, which are copied, and tiles of them.
+
+`Lineup` refuses what does not belong together and names it: tensors that only some hold, shapes that differ, integer
+tensors that differ. A tied tensor that only some files spell out twice is counted once. `Step` is a merge on a lineup;
+`MergedSource` makes a step a model of the next one, so that a chain of merges is never written in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from luthier.errors import InputError
+from luthier.merge.base import Merge, Merged, Rows, Shape, Tile
+from luthier.merge.depth import depth_of
+from luthier.merge.sources import Source, blocks_of, config_of, matrix_shape
+from luthier.weights.depth import DepthOf
+from luthier.weights.hashing import tensor_hash
+from luthier.weights.info import NAMES, Info, some
+
+
+class Lineup:
+    """A base (or none) and K models of one architecture.
+
+    Attributes:
+        frame: the source whose types, config and other files the outcome takes: the base, else the first model.
+        names: of the tensors that are merged, sorted.
+        copied: of those that are taken from the frame as they are: integers, booleans, and tensors without elements.
+
+    Raises `InputError` that names what does not fit.
+    """
+
+    def __init__(self, base: Source | None, models: Sequence[Source], depths: DepthOf | None = None):
+        self.base, self.models = base, tuple(models)
+        self.frame: Source = base if base is not None else models[0]
+        everyone = [*([base] if base is not None else []), *models]
+        repeated = {source.label: _repeats(source) for source in everyone}
+        sides = {
+            id(source): {n: i for n, i in source.infos.items() if n not in repeated[source.label]}
+            for source in everyone
+        }
+        self.infos = sides[id(self.frame)]
+        for source in everyone:
+            _comparable(self.frame, self.infos, source, sides[id(source)])
+        self.repeats = repeated[self.frame.label]
+        merged = [n for n, info in self.infos.items() if info.dtype.is_floating_point and info.elements]
+        odd = [n for n in merged if self.infos[n].dtype.itemsize == 1]
+        if odd:
+            raise InputError(
+                f"{len(odd)} tensors are quantised ({some(odd)})", where=self.frame.label, fix="dequantise them first"
+            )
+        self.names = sorted(merged)
+        self.copied = sorted(set(self.infos) - set(self.names))
+        for source in everyone:
+            different = [n for n in self.copied if not torch.equal(self.frame.whole(n), source.whole(n))]
+            if different:
+                what = f"{len(different)} tensors of whole numbers differ from those of {self.frame.label}"
+                raise InputError(f"{what} ({some(different)})", where=source.label)
+        self.depth_of = depths or depth_of(self.frame.folder, self.names)
+        self.places: dict[str, int] = {}
+        self.elements = 0
+        for name in self.names:
+            self.places[name] = self.elements
+            self.elements += self.infos[name].elements
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(len(self.models), self.depth_of, self.names)
+
+    @property
+    def bytes(self) -> int:
+        """What a pass over the base and all models reads."""
+        everyone = [*([self.base] if self.base is not None else []), *self.models]
+        return sum(source.infos[name].bytes for source in everyone for name in self.names)
+
+    def tile(self, name: str, start: int, stop: int) -> Tile:
+        """Rows `start` to `stop` of one tensor."""
+        info = self.infos[name]
+        base = self.base.rows(name, start, stop) if self.base is not None else None
+        place = self.places[name] + start * matrix_shape(info.shape)[1]
+        models = [model.rows(name, start, stop) for model in self.models]
+        return Tile(name, place, self.depth_of(name), info.elements, base, models)
+
+    def tiles(self, names: Iterable[str] | None = None) -> Iterator[Tile]:
+        """All tiles of `names` (default: all that are merged), in order."""
+        for name in self.names if names is None else names:
+            for start, stop in blocks_of(self.infos[name].shape):
+                yield self.tile(name, start, stop)
+
+
+class Step:
+    """One merge on one lineup; `prepare` makes its passes, then any rows can be had."""
+
+    def __init__(self, method: Merge, lineup: Lineup):
+        self.method, self.lineup = method, lineup
+        least, most = method.models_allowed
+        count = len(lineup.models)
+        if count < least or (most is not None and count > most):
+            wanted = str(least) if most == least else f"{least} or more" if most is None else f"{least} to {most}"
+            raise InputError(f"{method.method} takes {wanted} models besides a base, got {count}", where="models")
+        if method.needs_base and lineup.base is None:
+            raise InputError(f"{method.method} merges differences to a base, and none is given", fix="give --base")
+        method.check(lineup.shape)
+        self._of_tensor: tuple[str, Any] | None = None
+
+    @cached_property
+    def found(self) -> Any:
+        """What the survey of the whole model found."""
+        return self.method.survey(self.lineup.tiles) if self.method.reach == "model" else None
+
+    def merged(self, name: str, start: int, stop: int) -> Merged:
+        """The outcome for these rows, float32."""
+        found = self.found
+        if self.method.reach == "tensor":
+            if self._of_tensor is None or self._of_tensor[0] != name:
+                self._of_tensor = name, self.method.survey(lambda: self.lineup.tiles([name]))
+            found = self._of_tensor[1]
+        return self.method.combine(self.lineup.tile(name, start, stop), found)
+
+    def tiles(self, name: str) -> Iterator[tuple[Tile, Merged]]:
+        """All tiles of a tensor with their outcomes, as the last pass makes them."""
+        found = self.found
+        if self.method.reach == "tensor":
+            found = self.method.survey(lambda: self.lineup.tiles([name]))
+        for tile in self.lineup.tiles([name]):
+            yield tile, self.method.combine(tile, found)
+
+
+class MergedSource:
+    """The outcome of a step as a model, in float32, computed when it is asked for."""
+
+    def __init__(self, step: Step, label: str):
+        self.step, self.label, self.folder = step, label, step.lineup.frame.folder
+        self.infos = step.lineup.infos
+
+    def rows(self, name: str, start: int, stop: int) -> Rows:
+        return Rows(lambda: self.step.merged(name, start, stop).values)
+
+    def whole(self, name: str) -> Tensor:
+        return self.step.lineup.frame.whole(name)
+
+    def digest(self) -> str:
+        everyone = [self.step.lineup.base, *self.step.lineup.models]
+        return "+".join(source.digest()[:8] for source in everyone if source is not None)
+
+
+def _repeats(source: Source) -> dict[str, str]:
+    """Names of tensors that are another one once more, by the config's word that they are tied and their own content:
+    name -> the name that stays."""
+    config = config_of(source)
+    if not config.get("tie_word_embeddings", config.get("text_config", {}).get("tie_word_embeddings", True)):
+        return {}
+    if not config and source.folder is None:
+        return {}
+    by_info: dict[Info, list[str]] = {}
+    for name, info in source.infos.items():
+        if len(info.shape) == 2 and info.shape[0] == config.get("vocab_size", -1):
+            by_info.setdefault(info, []).append(name)
+    found: dict[str, str] = {}
+    for names in by_info.values():
+        if len(names) < 2:
+            continue
+        kept: dict[str, str] = {}
+        # An embedding stays before a head, whatever the order of the alphabet.
+        for name in sorted(names, key=lambda n: ("emb" not in n and "wte" not in n, n)):
+            digest = tensor_hash(source.whole(name))
+            if digest in kept:
+                found[name] = kept[digest]
+            kept.setdefault(digest, name)
+    return found
+
+
+def _comparable(frame: Source, ours: dict[str, Info], source: Source, theirs: dict[str, Info]) -> None:
+    """`InputError` with the names, if two sources do not hold the same tensors."""
+    if ours.keys() != theirs.keys():
+        sides = ((frame.label, ours.keys() - theirs.keys()), (source.label, theirs.keys() - ours.keys()))
+        said = "; ".join(f"only in {label}: {some(sorted(names))}" for label, names in sides if names)
+        raise InputError(
+            f"holds other tensors than {frame.label} ({said})",
+            where=source.label,
+            fix="merge models of one architecture",
+        )
+    other = [
+        f"{name} {list(info.shape)} and {list(theirs[name].shape)}"
+        for name, info in ours.items()
+        if info.shape != theirs[name].shape
+    ]
+    if other:
+        fix = "models of one architecture are needed; where only the vocabulary differs, vocabulary: map"
+        raise InputError(
+            f"{len(other)} tensors have another shape than in {frame.label} ({some(other)})",
+            where=source.label,
+            fix=fix,
+        )
+    kinds = [
+        f"{name} {NAMES[info.dtype]} and {NAMES[theirs[name].dtype]}"
+        for name, info in ours.items()
+        if info.dtype.is_floating_point != theirs[name].dtype.is_floating_point
+    ]
+    if kinds:
+        raise InputError(f"{len(kinds)} tensors are of another kind ({some(kinds)})", where=source.label)

@@ -1,0 +1,107 @@
+"""What a merge did to each tensor: counted while the tiles pass by, written as `merge.json` and drawn by depth."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from luthier.findings import Finding
+from luthier.merge.base import Merged, Tile
+from luthier.weights.depth import DepthOf
+
+FAR = 0.2  # norm of a difference over that of its base above which the base is probably not the model's own
+
+
+class Counter:
+    """Sums over the tiles of one merge."""
+
+    def __init__(self, models: Sequence[str], depth_of: DepthOf):
+        self.models, self.depth_of = list(models), depth_of
+        self.tensors: dict[str, dict[str, Any]] = {}
+        self._squares = [0.0] * (len(models) + 1)  # of each model's difference, then of the base
+
+    def add(self, tile: Tile, merged: Merged) -> None:
+        """Count a tile; only what its merge says was used of each difference."""
+        about = self.tensors.setdefault(tile.name, {"elements": tile.size, "kept": [0] * len(self.models)})
+        if merged.used is None:
+            return
+        for number, used in enumerate(merged.used):
+            about["kept"][number] += int(used.count_nonzero())
+            self._squares[number] += float(tile.deltas[number].norm()) ** 2
+        self._squares[-1] += float(tile.base.norm()) ** 2
+        if len(merged.used) > 1:
+            opposed = (merged.used.amax(0) > 0) & (merged.used.amin(0) < 0)
+            about["conflicts"] = about.get("conflicts", 0) + int(opposed.count_nonzero())
+
+    def findings(self) -> list[Finding]:
+        """A warning for each model that lies far from the base."""
+        base = math.sqrt(self._squares[-1])
+        found = []
+        for label, square in zip(self.models, self._squares, strict=False):
+            share = math.sqrt(square) / base if base else 0.0
+            if share > FAR:
+                text = f"{label} differs from the base by {share:.2f} of the base's norm; is it the base of this model?"
+                found.append(Finding(level="warn", code="merge.far_from_base", message=text, value=share, limit=FAR))
+        return found
+
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """Per tensor: elements, share kept of each model, share of places where kept signs conflict, block."""
+        found = {}
+        for name, about in sorted(self.tensors.items()):
+            depth, size = self.depth_of(name), about["elements"]
+            row: dict[str, Any] = {"elements": size, "block": depth.index if depth else None}
+            if any(about["kept"]):
+                row["kept"] = [count / size for count in about["kept"]]
+            if "conflicts" in about:
+                row["conflict"] = about["conflicts"] / size
+            found[name] = row
+        return found
+
+    def totals(self) -> dict[str, Any]:
+        """The same over all tensors."""
+        size = sum(about["elements"] for about in self.tensors.values())
+        kept = [sum(about["kept"][n] for about in self.tensors.values()) for n in range(len(self.models))]
+        conflicts = [about["conflicts"] for about in self.tensors.values() if "conflicts" in about]
+        found: dict[str, Any] = {"elements": size}
+        if any(kept):
+            found["kept"] = [count / size for count in kept]
+        if conflicts:
+            found["conflict"] = sum(conflicts) / size
+        return found
+
+
+def draw(rows: dict[str, dict[str, Any]], path: Path) -> bool:
+    """A picture (SVG) of kept share and sign conflict by block; returns whether there was anything to draw."""
+    kept, conflict = _by_block(rows, "kept"), _by_block(rows, "conflict")
+    if not kept:
+        return False
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 2.6), layout="constrained")
+    panel = figure.add_subplot()
+    for label, values, colour in (("kept, mean of models", kept, "#b9c6d3"), ("signs conflict", conflict, "#1f3a5f")):
+        if values:
+            panel.plot(list(values), list(values.values()), marker="o", markersize=3, label=label, color=colour)
+    panel.set_xlabel("block")
+    panel.set_ylabel("share of weights")
+    panel.set_ylim(bottom=0)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(frameon=False, fontsize=8)
+    FigureCanvasSVG(figure).print_svg(path, metadata={"Date": None})
+    return True
+
+
+def _by_block(rows: dict[str, dict[str, Any]], key: str) -> dict[int, float]:
+    """Mean by block, weighted by elements."""
+    sums: dict[int, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for row in rows.values():
+        if row["block"] is not None and key in row:
+            value = row[key]
+            value = sum(value) / len(value) if isinstance(value, list) else value
+            sums[row["block"]][0] += value * row["elements"]
+            sums[row["block"]][1] += row["elements"]
+    return {block: total / size for block, (total, size) in sorted(sums.items())}

@@ -1,0 +1,206 @@
+"""`lt.merge`: models in, one model out, whatever their size.
+
+    lt.merge("ties", base="base", models=["a", "b"], out="merged")                     folders
+    lt.merge(Ties(density=0.1), base=state, models=[state_a, state_b]).tensors         in memory
+
+Files are read through memory maps and written tile by tile into a folder beside `out` that takes its name at the end.
+With it come the base's other files (config, tokenizer), `merge.json` (settings, hashes of what went in, share kept and
+sign conflicts per tensor) and `merge.svg`, its picture by depth.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from luthier.errors import InputError
+from luthier.findings import Finding
+from luthier.merge.base import Merge, Merged, Tile, WholeModelMerge
+from luthier.merge.lineup import Lineup, Step
+from luthier.merge.report import Counter, draw
+from luthier.merge.sources import Source, open_source
+from luthier.merge.vocabulary import same_vocabulary
+from luthier.methods import build
+from luthier.models.files import write_aside
+from luthier.weights.algebra import finite
+from luthier.weights.depth import DepthOf
+from luthier.weights.writer import SHARD_BYTES, copy_others, refuse_filled, write_weights
+
+Say = Callable[[int, int], None]  # bytes read so far, of how many
+Vocabulary = Literal["refuse", "map"]
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What came out.
+
+    Attributes:
+        folder: where it was written; None in memory.
+        tensors: the merged tensors in memory, in the base's types; empty if they were written.
+        report: what `merge.json` says.
+        findings: what was noticed, such as a model that lies far from its base.
+    """
+
+    folder: Path | None
+    tensors: dict[str, Tensor]
+    report: dict[str, Any]
+    findings: list[Finding] = field(default_factory=list)
+    model: Any = None
+
+
+def merge(
+    method: Any,
+    *,
+    models: Sequence[Any],
+    base: Any = None,
+    out: Path | str | None = None,
+    data: Iterable[Any] | None = None,
+    loss: Callable[..., Tensor] | None = None,
+    evaluate: Callable[[Any], float] | None = None,
+    vocabulary: Vocabulary = "refuse",
+    depth_of: DepthOf | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    say: Say = lambda done, total: None,
+) -> MergeResult:
+    """Merge `models` by `method`.
+
+    Args:
+        method: a merge's name, its settings as a mapping, or the object.
+        models, base: folders or files of weights, LoRA adapters, deltas, mappings of tensors, or modules.
+        out: new folder; None gives tensors in memory (or, of a method that runs the models, a module).
+        data, loss, evaluate: for the methods that run the models (`luthier.merge.base.WholeModelMerge`).
+        vocabulary: what to do when tokenizers differ: refuse, or map every model's rows to the base's tokens.
+        depth_of: depth of a tensor by name; by default from the model's topology, else from its names.
+
+    Raises `InputError` for what does not fit together, with names; nothing stands at `out` then.
+    """
+    began = time.perf_counter()
+    chosen = build("merge", method)
+    if out is not None:
+        refuse_filled(Path(out))
+    if isinstance(chosen, WholeModelMerge):
+        from luthier.merge.whole import merge_modules
+
+        return merge_modules(chosen, models, base, out, data=data, loss=loss, evaluate=evaluate)
+    assert isinstance(chosen, Merge)
+    unused = [name for name, given in (("data", data), ("loss", loss), ("evaluate", evaluate)) if given is not None]
+    if unused:
+        raise InputError(f"{chosen.method} has no use for {', '.join(unused)}", fix="leave it out")
+    step = Step(chosen, lined_up(chosen, models, base, vocabulary, depth_of))
+    return write_step(step, out, began=began, shard_bytes=shard_bytes, say=say)
+
+
+def lined_up(
+    method: Merge, models: Sequence[Any], base: Any, vocabulary: Vocabulary = "refuse", depth_of: DepthOf | None = None
+) -> Lineup:
+    """The sources of a merge, opened, checked against each other and ordered as the method wants them."""
+    if not models:
+        raise InputError("there is no model to merge", where="models")
+    frame = open_source(base, None) if base is not None else None
+    opened = _told_apart([open_source(model, frame) for model in models])
+    frame, opened = method.arrange(frame, opened)
+    opened = same_vocabulary(frame or opened[0], opened, vocabulary)
+    return Lineup(frame, opened, depth_of)
+
+
+def write_step(
+    step: Step, out: Path | str | None, *, began: float, shard_bytes: int = SHARD_BYTES, say: Say = lambda *_: None
+) -> MergeResult:
+    """Make the passes of a step and write or return its outcome with its report."""
+    lineup, method = step.lineup, step.method
+    counter = Counter([model.label for model in lineup.models], lineup.depth_of)
+    total, done = lineup.bytes * (method.passes + 1), 0
+    if method.reach == "model":
+        _ = step.found
+        done = lineup.bytes * method.passes
+        say(done, total)
+
+    def pieces(name: str) -> Iterator[Tensor]:
+        nonlocal done
+        if name not in lineup.places:
+            yield lineup.frame.whole(name)
+            return
+        dtype, share = lineup.infos[name].dtype, lineup.bytes / max(lineup.elements, 1)
+        with torch.no_grad():
+            for tile, merged in step.tiles(name):
+                _finite(tile, merged, lineup)
+                counter.add(tile, merged)
+                done += int(tile.models[0].numel() * share)
+                say(min(done, total), total)
+                yield merged.values.to(dtype)
+
+    tensors: dict[str, Tensor] = {}
+    if out is None:
+        for name, info in lineup.infos.items():
+            tensors[name] = torch.cat([piece.reshape(-1) for piece in pieces(name)]).reshape(info.shape)
+        report = _report(step, counter, began)
+    else:
+        _room(Path(out), sum(info.bytes for info in lineup.infos.values()))
+        with write_aside(Path(out)) as aside:
+            write_weights(aside, lineup.infos, pieces, shard_bytes=shard_bytes)
+            for folder in method.other_files(lineup):
+                copy_others(folder, aside)
+            report = _report(step, counter, began)
+            draw(report["tensors"], aside / "merge.svg")
+            (aside / "merge.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    say(total, total)
+    return MergeResult(Path(out) if out is not None else None, tensors, report, counter.findings())
+
+
+def _report(step: Step, counter: Counter, began: float) -> dict[str, Any]:
+    lineup = step.lineup
+    return {
+        "method": step.method.model_dump(mode="json"),
+        "base": _told(lineup.base) if lineup.base is not None else None,
+        "models": [_told(model) for model in lineup.models],
+        "seconds": time.perf_counter() - began,
+        "survey": step.method.notes(step.found) if step.method.reach == "model" else {},
+        "findings": [finding.model_dump(mode="json") for finding in counter.findings()],
+        "total": counter.totals(),
+        "tensors": counter.rows(),
+    }
+
+
+def _told(source: Source) -> dict[str, str]:
+    return {"name": source.label, "hash": source.digest()}
+
+
+def _told_apart(sources: Sequence[Source]) -> list[Source]:
+    """Sources in memory have no names; number those that share one."""
+    labels = [source.label for source in sources]
+    for number, source in enumerate(sources, start=1):
+        if labels.count(source.label) > 1:
+            source.label = f"{source.label} ({number})"
+    return list(sources)
+
+
+def _finite(tile: Tile, merged: Merged, lineup: Lineup) -> None:
+    """`InputError` that names the model and the tensor, if anything holds infinities or not-a-numbers."""
+    labels = [source.label for source in (lineup.base, *lineup.models) if source is not None]
+    for label, values in zip(labels, tile.sides(), strict=True):
+        if not finite(values):
+            raise InputError(
+                f"{tile.name} holds values that are infinite or not numbers", where=label, fix="mend that model first"
+            )
+    if not finite(merged.values):
+        raise InputError(f"{tile.name} comes out infinite or not a number", fix="lower scale or the weights")
+
+
+def _room(out: Path, needed: int) -> None:
+    """`InputError` before anything is written, if the disk has not room enough."""
+    folder = next(parent for parent in out.absolute().parents if parent.exists())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise InputError(
+            f"the merged model takes {needed / 2**30:.1f} GiB, the disk has {free / 2**30:.1f} GiB free",
+            where=str(out),
+            fix="make room, or choose another place",
+        )

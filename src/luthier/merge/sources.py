@@ -1,0 +1,238 @@
+"""What can stand for a model in a merge: anything from which rows of named tensors can be had.
+
+    StoredSource     a folder or file of weights, or tensors in memory
+    AdapterSource    a LoRA adapter of PEFT on a base: base + scale B A, merged as the product, never factor by factor
+    DeltaSource      a delta on its base
+    MappedSource     another one whose vocabulary was brought into the order of the base's (see `vocabulary`)
+
+(A merge that has not been written is one too: `luthier.merge.lineup.MergedSource`.) Tensors are matrices here: the last
+axis is the columns, a vector is one row, a single number one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from luthier.errors import InputError
+from luthier.merge.base import Rows
+from luthier.models.checkpoint import read_json
+from luthier.weights import Delta, Weights, content_hash
+from luthier.weights.adapter import LowRankDelta, factors_of
+from luthier.weights.info import Info, infos_of
+
+TILE = 2**18  # elements of a tile, so that the tiles of a few models fit a cache; a longer row is a tile of its own
+
+
+class Source(Protocol):
+    """A model, seen as rows of tensors.
+
+    Attributes:
+        label: what errors and reports call it.
+        infos: type and shape of each tensor.
+        folder: where its config and tokenizer are; None if there are none.
+    """
+
+    label: str
+    infos: Mapping[str, Info]
+    folder: Path | None
+
+    def rows(self, name: str, start: int, stop: int) -> Rows: ...
+    def whole(self, name: str) -> Tensor: ...  # as stored; for tensors that are copied
+    def digest(self) -> str: ...
+
+
+def open_source(given: Any, base: Source | None, label: str | None = None) -> Source:
+    """The source that `given` means: a folder or file, a mapping of tensors, a module, or a source already.
+
+    Args:
+        base: what an adapter or a delta stands on.
+
+    Raises `InputError` if there is nothing, or an adapter or delta comes without a base.
+    """
+    if isinstance(given, nn.Module):
+        given = distinct(given)
+    if isinstance(given, Mapping) and not isinstance(given, Weights):
+        return StoredSource(dict(sorted(given.items())), label or "tensors in memory")
+    if not isinstance(given, str | Path | Weights):
+        return given
+    path = given.path if isinstance(given, Weights) else Path(given)
+    label = label or str(given if not isinstance(given, Weights) else path)
+    on_base = (path / "delta.json").is_file() or (path / "adapter_config.json").is_file()
+    if on_base and base is None:
+        raise InputError("is an adapter or a delta, and no base is given to stand on", where=label, fix="give --base")
+    if (path / "delta.json").is_file():
+        return DeltaSource(base, Delta.open(path), label)  # type: ignore[arg-type]
+    if (path / "adapter_config.json").is_file():
+        return AdapterSource(base, path, label)  # type: ignore[arg-type]
+    weights = given if isinstance(given, Weights) else Weights.open(path)
+    return StoredSource(weights, label, path if path.is_dir() else None)
+
+
+def distinct(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a module, a tied tensor once, under its first name."""
+    seen: set[tuple[int, int, tuple[int, ...]]] = set()
+    found: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        key = tensor.data_ptr(), tensor.storage_offset(), tuple(tensor.shape)
+        if tensor.numel() == 0 or key not in seen:
+            found[name] = tensor
+            seen.add(key)
+    return found
+
+
+def as_matrix(tensor: Tensor) -> Tensor:
+    """(rows, columns) view: the last axis is the columns."""
+    return tensor.reshape(1, -1) if tensor.ndim < 2 else tensor.reshape(-1, tensor.shape[-1])
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns of `as_matrix`."""
+    info = Info(torch.float32, shape)
+    columns = (shape[-1] if len(shape) > 1 else info.elements) or 1
+    return info.elements // columns, columns
+
+
+def blocks_of(shape: tuple[int, ...], elements: int = TILE) -> Iterator[tuple[int, int]]:
+    """Spans of rows that make tiles of about `elements`; whole rows, at least one."""
+    rows, columns = matrix_shape(shape)
+    step = max(1, elements // columns)
+    for start in range(0, rows, step):
+        yield start, min(rows, start + step)
+
+
+class StoredSource:
+    """Weights as they are stored."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], label: str, folder: Path | None = None):
+        self.tensors, self.label, self.folder = tensors, label, folder
+        self.infos: Mapping[str, Info] = infos_of(tensors)
+        self._last: tuple[str, Tensor] | None = None
+
+    def whole(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def rows(self, name: str, start: int, stop: int) -> Rows:
+        if self._last is None or self._last[0] != name:
+            self._last = name, as_matrix(self.tensors[name].detach())
+        part = self._last[1][start:stop]
+        return Rows(lambda: part.to("cpu", torch.float32))
+
+    def digest(self) -> str:
+        return content_hash(self.tensors)
+
+
+class AdapterSource:
+    """A plain LoRA adapter: in the tensors it targets, the base's rows plus those of scale B A."""
+
+    def __init__(self, base: Source, folder: Path, label: str):
+        self.base, self.label, self.path = base, label, folder
+        self.folder = base.folder
+        self.infos = base.infos
+        self._factors = factors_of(folder, base.infos)
+
+    def whole(self, name: str) -> Tensor:
+        return self.base.whole(name)
+
+    def rows(self, name: str, start: int, stop: int) -> Rows:
+        base = self.base.rows(name, start, stop)
+        if name not in self._factors:
+            return Rows(lambda: base.values, torch.zeros_like)
+        left, right = self._factors[name]
+        change = left[start:stop] @ right
+        return Rows(lambda: base.values + change, lambda _: change)
+
+    def digest(self) -> str:
+        return content_hash(Weights.open(self.path))
+
+
+class DeltaSource:
+    """A delta applied to its base while it is read. Tensors are best read from front to back, as a merge does."""
+
+    def __init__(self, base: Source, delta: Delta, label: str):
+        self.base, self.delta, self.label, self.folder = base, delta, label, base.folder
+        other = sorted(set(base.infos) ^ set(delta.about["hashes"]))
+        if other or base.digest() != delta.about["base"]:
+            what = f"was made of another base than {base.label}"
+            raise InputError(what, where=label, fix="give the base that it was made of, or use the tuned model itself")
+        self.infos = base.infos
+        self._reading: tuple[str, int, Iterator[Tensor], Tensor] | None = None
+
+    def whole(self, name: str) -> Tensor:
+        return self.delta.applied(name, self.base.whole(name))
+
+    def rows(self, name: str, start: int, stop: int) -> Rows:
+        base = self.base.rows(name, start, stop)
+        if name not in self.delta.tensors:
+            return Rows(lambda: base.values, torch.zeros_like)
+        if isinstance(self.delta, LowRankDelta):
+            left, right = self.delta.factors(name)
+            change = left[start:stop] @ right
+            return Rows(lambda: base.values + change, lambda _: change)
+        columns = matrix_shape(self.infos[name].shape)[1]
+        part = self._elements(name, start * columns, stop * columns).view(-1, columns)
+        return Rows(lambda: part.float())
+
+    def _elements(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements of the tuned tensor; goes on where the last call ended, or begins again."""
+        if self._reading is None or self._reading[0] != name or self._reading[1] > start:
+            self._reading = name, 0, self.delta.pieces(name, self.base.whole(name), 1), torch.empty(0)
+        _, place, pieces, buffer = self._reading
+        while place + buffer.numel() < stop:
+            if place + buffer.numel() <= start:
+                place, buffer = place + buffer.numel(), next(pieces).reshape(-1)
+            else:
+                place, buffer = start, torch.cat([buffer[start - place :], next(pieces).reshape(-1)])
+        self._reading = name, place, pieces, buffer
+        return buffer[start - place : stop - place]
+
+    def digest(self) -> str:
+        return self.delta.about["tuned"]
+
+
+class MappedSource:
+    """A source whose vocabulary tensors were brought into the base's order of rows.
+
+    Args:
+        places: name -> (rows,) int64: which row of `inner` stands for each row of the base; -1: none, the base's own
+            row is taken, so that the difference there is 0.
+    """
+
+    def __init__(self, inner: Source, base: Source, places: Mapping[str, Tensor]):
+        self.inner, self.base, self.places = inner, base, places
+        self.label, self.folder = inner.label, inner.folder
+        self.infos: Mapping[str, Info] = {
+            name: Info(info.dtype, base.infos[name].shape) if name in places else info
+            for name, info in inner.infos.items()
+        }
+
+    def whole(self, name: str) -> Tensor:
+        return self.inner.whole(name)
+
+    def rows(self, name: str, start: int, stop: int) -> Rows:
+        if name not in self.places:
+            return self.inner.rows(name, start, stop)
+
+        def values() -> Tensor:
+            where = self.places[name][start:stop]
+            known = (where >= 0).nonzero()[:, 0]
+            out = self.base.rows(name, start, stop).values.clone()
+            for i in known.tolist():
+                at = int(where[i])
+                out[i] = self.inner.rows(name, at, at + 1).values[0]
+            return out
+
+        return Rows(values)
+
+    def digest(self) -> str:
+        return self.inner.digest()
+
+
+def config_of(source: Source) -> dict[str, Any]:
+    """The `config.json` beside a source; empty if there is none."""
+    path = source.folder / "config.json" if source.folder else None
+    return read_json(path) if path and path.is_file() else {}

@@ -1,0 +1,31 @@
+"""Keep the memory that a training step frees, so that the next step does not fetch it page by page again.
+
+glibc hands large blocks back to the system as soon as they are freed (`free` of a mapped block unmaps it, and the top
+of the heap is trimmed). A training step frees all its activations, so the next one faults every page in anew: on two
+cores a tenth of the time of small steps. `keep_freed_memory` asks glibc to keep blocks of up to 1 GiB for reuse. The
+peak hardly grows, since activations of one step have the sizes of the step before; what is kept is given back when the
+process ends.
+
+Other C libraries (musl, macOS, Windows) and other allocators (jemalloc, tcmalloc) have their own rules and are left
+alone. On a GPU torch's own caching allocator does the same.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of mallopt(3)
+_BLOCK = 2**30
+_MOST = 2**31 - 1
+
+
+def keep_freed_memory() -> bool:
+    """Ask glibc to keep freed blocks; returns whether it does. Calling it again changes nothing."""
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(mallopt(_MMAP_THRESHOLD, _BLOCK) and mallopt(_TRIM_THRESHOLD, _MOST))

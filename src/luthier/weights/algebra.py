@@ -1,0 +1,100 @@
+"""The algebra of merging, on tiles: pure functions of float32 tensors that leave their inputs as they are.
+
+K models of one base give K differences (deltas), stacked on the first axis: (K, ...). A zero in a trimmed delta means
+"says nothing here", so that means and elections are over the models that do say something.
+
+    moved(base, change)         base + change, and where nothing changes the base's very bits (-0.0 too)
+    lincomb(models, weights)    sum of w_k m_k
+    elect(deltas)               per element the sign with the larger total magnitude
+    agree(deltas, signs)        per element the mean (sum, largest) of the deltas that have the elected sign
+    slerp(a, b, t, ...)         along the great circle between two directions
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Agg = Literal["mean", "sum", "max"]
+
+
+def moved(base: Tensor, change: Tensor) -> Tensor:
+    """base + change (any shape, float); an element whose change is 0 keeps the bits of `base`, a negative zero too."""
+    return torch.where(change == 0, base, base + change)
+
+
+def finite(values: Tensor) -> bool:
+    """Whether no value is infinite or not a number. One pass over finite values; the sum of huge ones costs two."""
+    return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
+
+
+def lincomb(models: Tensor, weights: Sequence[float]) -> Tensor:
+    """Sum over k of weights[k] models[k]: (K, ...) -> (...). Added in order of k, so the same bits for the same order.
+
+    Models are added two by two in a fixed order; for a result that does not depend on the order to the last bit, sort
+    them first.
+    """
+    total = models[0] * weights[0]
+    for model, weight in zip(models[1:], weights[1:], strict=True):
+        total.add_(model, alpha=weight)
+    return total
+
+
+def elect(deltas: Tensor, tie: int = 0) -> Tensor:
+    """The sign of the sum over models: (K, ...) -> (...) float, -1, 0 or 1; `tie` where the sum is exactly 0.
+
+    The sum is taken in float64, so its sign does not depend on the order of the models.
+    """
+    signs = deltas.sum(0, dtype=torch.float64).sign_().to(deltas.dtype)
+    return signs.masked_fill_(signs == 0, tie) if tie else signs
+
+
+def agree(deltas: Tensor, signs: Tensor, weights: Sequence[float] | None = None, agg: Agg = "mean") -> Tensor:
+    """What the models that have the elected sign say: (K, ...), (...) -> (...).
+
+    Args:
+        deltas: zeros where a model says nothing; already multiplied by its weight if it has one.
+        signs: -1, 0 or 1; where it is 0 the result is 0.
+        weights: of the models, for the mean: their sum over those that agree is the divisor; None is 1 each.
+        agg: `mean` over those that agree, `sum` of them, or `max`: the largest magnitude among them with the sign.
+    """
+    agreeing = deltas * signs > 0
+    chosen = torch.where(agreeing, deltas, 0.0)
+    if agg == "max":
+        return chosen.abs().amax(0) * signs
+    total = chosen.sum(0)
+    if agg == "sum":
+        return total
+    if weights is None:
+        count = agreeing.sum(0)
+    else:
+        scales = torch.tensor(weights, dtype=deltas.dtype, device=deltas.device)
+        count = (agreeing * scales.view(-1, *[1] * (deltas.ndim - 1))).sum(0)
+    return torch.where(count != 0, total / count, 0.0)
+
+
+def slerp_factors(
+    dot: float, norm_a: float, norm_b: float, t: float, *, threshold: float, geometric: bool
+) -> tuple[float, float]:
+    """Factors (x, y) of x a + y b on the way from a (t = 0) to b (t = 1), from a.b, |a| and |b| of the whole tensors.
+
+        omega = angle between a and b        x = sin((1-t) omega) / sin(omega),  y = sin(t omega) / sin(omega)
+
+    Plain factors act on a and b as they are; `geometric` ones on their directions, times |a|^(1-t) |b|^t. Where the
+    directions agree or oppose by more than `threshold` in cosine, or a tensor is zero, the way is straight: (1-t, t).
+    """
+    if norm_a == 0 or norm_b == 0:
+        return 1 - t, t
+    cosine = max(-1.0, min(1.0, dot / (norm_a * norm_b)))
+    if abs(cosine) > threshold:
+        return 1 - t, t
+    omega = math.acos(cosine)
+    x, y = math.sin((1 - t) * omega) / math.sin(omega), math.sin(t * omega) / math.sin(omega)
+    if geometric:
+        length = norm_a ** (1 - t) * norm_b**t
+        x, y = x * length / norm_a, y * length / norm_b
+    return x, y
