@@ -91,7 +91,7 @@ class Arrangements:
         rows = [(prompt, answer) for prompt, better, worse in drawn for answer in (better, worse)]
         return AnswerRows(rows, together=2)
 
-    def pretrained(self, steps: int = 600) -> LlamaForCausalLM:
+    def pretrained(self, steps: int = 300) -> LlamaForCausalLM:
         """A model that spells (AdamW, rate 3e-3 falling to 0, batches of 128), in evaluation mode."""
         model = _new_model(self.seed)
         rng = np.random.default_rng([self.seed, 3])
