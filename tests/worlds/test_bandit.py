@@ -1,4 +1,4 @@
-"""Laws of the bandit: seeds repeat, small sets lie in large ones, the judge is as noisy as it says, no gain from nothing."""
+"""Laws of the bandit: seeds repeat, small sets lie in large ones, the judge is as noisy as it says."""
 
 from __future__ import annotations
 

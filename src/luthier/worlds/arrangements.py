@@ -82,7 +82,8 @@ class Arrangements:
     def demonstrations(self, count: int) -> AnswerRows:
         """The first `count` prompts with a valid answer each, the better of two as the judge sees it."""
         rng = np.random.default_rng([self.seed, 1])
-        return AnswerRows([(prompt, better) for prompt, better, _ in (self._pair(rng) for _ in range(count))])
+        drawn = [self._pair(rng) for _ in range(checked_count(count))]
+        return AnswerRows([(prompt, better) for prompt, better, _ in drawn])
 
     def pairs(self, count: int) -> AnswerRows:
         """The first `count` pairs, two rows each: small sets lie in large ones."""
