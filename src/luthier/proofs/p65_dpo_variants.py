@@ -192,7 +192,7 @@ PROOF = Proof(
         "luthier.worlds.arrangements",
     ],
     claims=[
-        Claim("largest miss of a loss's value where the policy is the reference", _largest("start/"), "<= 1e-9", "exact"),
+        Claim("largest miss of a loss's value at the reference", _largest("start/"), "<= 1e-9", "exact"),
         Claim(
             "largest change of a loss by the same shift of an answer under policy and reference",
             _largest("same_shift/"),
@@ -242,8 +242,8 @@ PROOF = Proof(
     ],
     notes=(
         "Gains are expected rewards on held-out prompts beyond the reference's.",
-        "CPO and ORPO gain about as little as imitation in the bandit, as in the calibration of this set-up: "
-        + "their likelihood term outweighs the comparison.",
+        "CPO and ORPO gain about as little as imitation in the bandit, as in its calibration: likelihood outweighs the rest.",
+        "Three bandits are few for the shares of 100 in 1000 pairs: over seeds 0 to 11 they were 0.867 (DPO), 0.858 (KTO).",
         "Language model: figures for comparison; the specification promises no margin for them.",
     ),
 )
