@@ -63,7 +63,7 @@ def _laws(seed: int) -> Measurements:
         "dpo": partial(dpo, beta=BETA, label_smoothing=0.0),
         "robust": partial(robust, beta=BETA, label_smoothing=0.1),
         "hinge": partial(hinge, beta=BETA),
-        "ipo": lambda *four: ipo(*four, ones, ones, beta=BETA, length_normalised=True),
+        "ipo": partial(ipo, n_w=ones, n_l=ones, beta=BETA, length_normalised=True),
     }
     start = {"dpo": math.log(2), "robust": math.log(2), "hinge": 1.0, "ipo": (1 / (2 * BETA)) ** 2}
     off = {f"start/{name}": _off(loss(rp_w, rp_l, rp_w, rp_l), start[name]) for name, loss in referenced.items()}
