@@ -139,13 +139,13 @@ def test_a_study_survives_writing_down(recipe, tmp_path):
 
 
 def small(recipe):
-    """A study in seconds: two sizes, two methods; the label `broken` asks for more rows than there are."""
-    recipe["tune"]["train"] |= {"num_train_epochs": 1, "effective_batch_size": 16}
+    """A study in seconds; `broken` asks for more rows than there are, `strict` for more than can be gained."""
     for task in recipe["evaluate"]["tasks"]:
         task["source"]["arguments"]["count"] = 16
     recipe["evaluate"]["gates"] = {"min_gain": -100.0, "max_forgetting": 100.0}
-    sizes = {"64": {"data.sample": 64}, "broken": {"data.sample": 10_000}}
+    sizes = {"320": {"data.sample": 320}, "broken": {"data.sample": 10_000}}
     methods = {"lora": {}, "full": {"tune": {"method": "full"}, "tune.train.learning_rate": 1e-3}}
+    methods["strict"] = {"evaluate.gates.min_gain": 100.0}
     return recipe | {"study": {"vary": {"size": sizes, "method": methods}}}
 
 
@@ -167,28 +167,33 @@ def test_a_cell_that_fails_loses_none_of_the_others(finished):
     assert result.exit_code == 2
     listed = {tuple(c["labels"].values()): c for c in json.loads((result.folder / "study.json").read_text())["cells"]}
     assert {labels: c["exit_code"] for labels, c in listed.items()} == {
-        ("64", "lora"): 0,
-        ("64", "full"): 0,
+        ("320", "lora"): 0,
+        ("320", "full"): 0,
+        ("320", "strict"): 3,
         ("broken", "lora"): 2,
         ("broken", "full"): 2,
+        ("broken", "strict"): 2,
     }
     assert "10,000 training rows are asked for" in listed["broken", "lora"]["state"]
-    assert "2 done, 2 failed" in result.summary
+    assert "evaluate.gain" in listed["320", "strict"]["state"]
+    assert "2 done, 1 stopped at a gate, 3 failed" in result.summary
     ended = json.loads((result.folder / "result.json").read_text())
-    assert ended["exit_code"] == 2 and "4 cells" in ended["verdict"]["line"]
+    assert ended["exit_code"] == 2 and "6 cells" in ended["verdict"]["line"]
 
 
 def test_cells_are_ordinary_runs_that_share_their_stages(finished):
     _, result = finished
-    first, second = (result.folder / "cells/64" / method for method in ("lora", "full"))
+    first, second = (result.folder / "cells/320" / method for method in ("lora", "full"))
     for stage in ("1-data", "2-model"):
         assert read_manifest(first / stage).reused_from is None
-        assert read_manifest(second / stage).reused_from == f"{result.folder.name}/cells/64/lora"
+        assert read_manifest(second / stage).reused_from == f"{result.folder.name}/cells/320/lora"
         assert read_manifest(first / stage).outputs == read_manifest(second / stage).outputs
     assert (first / "report.md").is_file() and not (first / "6-deploy").exists()
     assert read_manifest(first / "4-tune").facts["phases"][0]["method"] == "lora"
     assert read_manifest(second / "4-tune").facts["phases"][0]["method"] == "full"
-    assert read_manifest(first / "1-data").facts["card"]["rows"]["train"] == 64
+    assert read_manifest(first / "1-data").facts["card"]["rows"]["train"] == 320
+    strict = read_manifest(result.folder / "cells/320/strict/4-tune")
+    assert strict.reused_from == f"{result.folder.name}/cells/320/lora"
 
 
 def test_the_table_holds_what_the_cells_have_measured(finished):
@@ -197,17 +202,19 @@ def test_the_table_holds_what_the_cells_have_measured(finished):
     assert table.column_names == ["size", "method", "metric", "value"]
     rows = {(r["size"], r["method"], r["metric"]): r["value"] for r in table.to_pylist()}
     for method in ("lora", "full"):
-        report = json.loads((result.folder / "cells/64" / method / "5-evaluate/report.json").read_text())
+        report = json.loads((result.folder / "cells/320" / method / "5-evaluate/report.json").read_text())
         for task in report["tasks"]:
             for key in ("base", "tuned", "gain", "low", "high"):
-                assert rows["64", method, f"{task['name']}/{key}"] == pytest.approx(task[key])
-        assert rows["64", method, "tune/steps"] == 4 and math.isfinite(rows["64", method, "train/loss"])
-        assert rows["64", method, "exit_code"] == 0 and rows["broken", method, "exit_code"] == 2
+                assert rows["320", method, f"{task['name']}/{key}"] == pytest.approx(task[key])
+        assert rows["320", method, "tune/steps"] == 20 and math.isfinite(rows["320", method, "train/loss"])
+        assert rows["320", method, "exit_code"] == 0 and rows["broken", method, "exit_code"] == 2
+    assert rows["320", "strict", "exit_code"] == 3
+    assert rows["320", "strict", "swap/gain"] == rows["320", "lora", "swap/gain"]
     assert {key[2] for key in rows if key[0] == "broken"} == {"exit_code"}
     page = (result.folder / "study.md").read_text()
-    lines = [line for line in page.splitlines() if line.startswith(("| 64 |", "| broken |"))]
-    assert len(lines) == 4 and sum("done" in line for line in lines) == 2
-    gain = rows["64", "lora", "swap/gain"]
+    lines = [line for line in page.splitlines() if line.startswith(("| 320 |", "| broken |"))]
+    assert len(lines) == 6 and sum("done" in line for line in lines) == 2
+    gain = rows["320", "lora", "swap/gain"]
     assert f"| {markdown_text(f'{gain:+.1f}')} |" in lines[0] and "Means of each label" in page
     assert b"<svg" in (result.folder / "study.svg").read_bytes()
 
@@ -215,23 +222,24 @@ def test_the_table_holds_what_the_cells_have_measured(finished):
 def test_resuming_keeps_what_has_finished_and_gives_the_same_table(finished):
     _, result = finished
     before = parquet.read_table(result.folder / "study.parquet").to_pylist()
-    kept = {p: p.stat().st_mtime_ns for p in result.folder.glob("cells/64/*/*/manifest.json")}
-    assert len(kept) == 10
+    kept = {p: p.stat().st_mtime_ns for p in result.folder.glob("cells/320/*/*/manifest.json")}
+    assert len(kept) == 15
     again = resume(result.folder, progress=False)
     assert again.exit_code == 2 and parquet.read_table(result.folder / "study.parquet").to_pylist() == before
-    assert {p: p.stat().st_mtime_ns for p in result.folder.glob("cells/64/*/*/manifest.json")} == kept
+    assert {p: p.stat().st_mtime_ns for p in result.folder.glob("cells/320/*/*/manifest.json")} == kept
 
 
 def test_a_later_study_takes_over_equal_cells(finished):
     recipe, result = finished
     wider = copy.deepcopy(recipe)
-    wider["study"]["vary"]["size"] = {"few": {"data.sample": 64}}
+    wider["study"]["vary"]["size"] = {"few": {"data.sample": 320}}
+    del wider["study"]["vary"]["method"]["strict"]
     second = run(wider, runs=result.folder.parent, progress=False)
     assert second.exit_code == 0
     for method in ("lora", "full"):
         manifest = read_manifest(second.folder / "cells/few" / method / "4-tune")
-        assert manifest.reused_from == f"{result.folder.name}/cells/64/{method}"
-    pairs = [(second.folder / "cells/few/lora", "swap/gain"), (result.folder / "cells/64/lora", "swap/gain")]
+        assert manifest.reused_from == f"{result.folder.name}/cells/320/{method}"
+    pairs = [(second.folder / "cells/few/lora", "swap/gain"), (result.folder / "cells/320/lora", "swap/gain")]
     assert len({figures(folder)[name] for folder, name in pairs}) == 1
 
 
@@ -254,10 +262,10 @@ def test_an_interruption_ends_the_study_and_resume_goes_on(recipe, tmp_path, mon
         run(recipe, runs=tmp_path, progress=False)
     folder = tmp_path / "tiny-1"
     states = [cell["state"] for cell in json.loads((folder / "study.json").read_text())["cells"]]
-    assert states == ["done", "waiting"] and "waiting" in (folder / "study.md").read_text()
+    assert states == ["done", "waiting", "waiting"] and "waiting" in (folder / "study.md").read_text()
     monkeypatch.setattr(study, "drive", real)
     result = resume(folder, progress=False)
-    assert result.exit_code == 0 and "2 done" in result.summary
+    assert result.exit_code == 0 and "3 done" in result.summary
 
 
 def test_a_fault_of_ours_in_one_cell_is_kept_with_its_traceback(recipe, tmp_path, monkeypatch):
@@ -276,14 +284,14 @@ def test_a_fault_of_ours_in_one_cell_is_kept_with_its_traceback(recipe, tmp_path
     monkeypatch.setattr(study, "drive", faulty)
     result = run(recipe, runs=tmp_path, progress=False)
     assert result.exit_code == 4 and "ZeroDivisionError: nothing to divide" in result.summary
-    assert "1 done, 1 failed" in result.summary
-    assert "ZeroDivisionError" in (result.folder / "cells/64/lora/traceback.txt").read_text()
+    assert "2 done, 1 failed" in result.summary
+    assert "ZeroDivisionError" in (result.folder / "cells/320/lora/traceback.txt").read_text()
 
 
 def test_plan_tells_the_grid(recipe):
     found = plan(small(recipe))
-    assert found["study"] == {"cells": 4, "vary": {"size": ["64", "broken"], "method": ["lora", "full"]}}
-    assert found["data"]["rows"]["train"] == 64  # of the first cell
+    assert found["study"] == {"cells": 6, "vary": {"size": ["320", "broken"], "method": ["lora", "full", "strict"]}}
+    assert found["data"]["rows"]["train"] == 320  # of the first cell
     assert "study" not in plan({key: value for key, value in small(recipe).items() if key != "study"})
 
 
@@ -308,7 +316,7 @@ def test_a_cut_of_the_packaged_study_runs(tmp_path):
 
     path = tmp_path / "pairs.jsonl"
     with path.open("w", encoding="utf-8") as file:
-        for row in rows(skill="swap", count=120, seed=0, part="train"):
+        for row in rows(skill="swap", count=60, seed=0, part="train"):
             question, answer = (message["content"] for message in row["messages"])
             said = {"prompt": [{"role": "user", "content": question}]}
             said |= {"chosen": [{"role": "assistant", "content": answer}]}
@@ -318,17 +326,27 @@ def test_a_cut_of_the_packaged_study_runs(tmp_path):
         "model.base=package:luthier/worlds/tiny-lm",
         f"data.source={path}",
         "data.split=[0.8, 0.0, 0.2]",
+        "tune.0.train.learning_rate=3.0e-3",
         "tune.-1.train.learning_rate=1.0e-3",
         "study.vary.method={dpo: {}, ipo: {tune.-1.objective: {method: ipo}}}",
-        "study.vary.size={80: {data.sample: 80}}",
+        "study.vary.size={48: {data.sample: 48}}",
     ]
     result = run("dpo-variants", overrides, runs=tmp_path / "runs", progress=False)
     assert result.exit_code == 0, result.summary
+    sft = [read_manifest(path) for path in sorted(result.folder.glob("cells/after_sft/*/48/4-tune"))]
+    assert [m.facts["phases"][0]["taken_over"] for m in sft] == [False, True]  # made once for both methods
+    assert sft[0].facts["phases"][0]["tokens"] == sft[1].facts["phases"][0]["tokens"]
+    # To the last bit what it would have been with a first phase of its own.
+    grid_of = cells(load_recipe("dpo-variants", overrides))
+    inside = next(inner for cell, inner in grid_of if cell.folder == "after_sft/ipo/48")
+    alone = run(inside, runs=tmp_path / "alone", until="tune", allow=["tune.loss_did_not_fall"], progress=False)
+    own = read_manifest(alone.folder / "4-tune")
+    assert not own.facts["phases"][0]["taken_over"] and own.outputs == sft[1].outputs != sft[0].outputs
     table = parquet.read_table(result.folder / "study.parquet").to_pylist()
     found = {(r["start"], r["method"], r["metric"]): r["value"] for r in table}
     assert len({key[:2] for key in found}) == 4
     for start in ("direct", "after_sft"):
         for method in ("dpo", "ipo"):
-            assert found[start, method, "preferred/n"] == 24
+            assert found[start, method, "preferred/n"] == 12
             assert 0 <= found[start, method, "train/rewards/accuracy"] <= 1
-    assert found["direct", "dpo", "tune/steps"] == 5 and found["after_sft", "dpo", "tune/steps"] == 10
+    assert found["direct", "dpo", "tune/steps"] == 3 < found["after_sft", "dpo", "tune/steps"]

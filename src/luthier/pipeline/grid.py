@@ -42,12 +42,14 @@ Axes = dict[str, dict[str, dict[str, Any]]]
 
 
 class StudySettings(BaseModel):
-    """What is varied, and the last stage of each cell (`deploy` makes a release of every one)."""
+    """What is varied, the last stage of each cell (`deploy` makes a release of every one), and the codes of findings
+    that stop no cell although they are errors: what would stop a release need not stop a comparison."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     vary: Axes = Field(description="Axes: name -> label -> changes to the recipe.")
     until: Literal["data", "model", "environment", "tune", "evaluate", "deploy"] = "evaluate"
+    allow: tuple[str, ...] = ()
 
     @field_validator("vary", mode="before")
     @classmethod

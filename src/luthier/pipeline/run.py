@@ -244,7 +244,7 @@ def _taken_over(context: Context, stage: Stage, allow: Sequence[str]) -> Manifes
     if done is None and stage.name != "monitor":
         earlier = _equal_stage(context, stage.name, key)
         if earlier is not None:
-            _link(earlier, directory)
+            link_folder(earlier, directory, leave=("checkpoints", "manifest.json"))
             whose = earlier.parent.relative_to(context.runs or context.folder.parent).as_posix()
             context.say(f"{stage.name}: as in {whose}")
             manifest = Manifest.model_validate_json((earlier / "manifest.json").read_text(encoding="utf-8"))
@@ -292,10 +292,16 @@ def earlier_runs(context: Context) -> Iterator[Path]:
         yield from (place for place in places if place != context.folder)
 
 
-def _link(source: Path, target: Path) -> None:
-    """Copy a stage's folder, by hard links where the file system allows, leaving checkpoints behind."""
+def link_folder(source: Path, target: Path, leave: Sequence[str] = ()) -> None:
+    """Copy a folder without what is named in `leave`, whole or not at all.
+
+    By hard links where the file system allows, except for the metrics, to which a resumed training adds.
+    """
 
     def copy(a: str, b: str) -> None:
+        if Path(a).name == "metrics.jsonl":
+            shutil.copy2(a, b)
+            return
         try:
             os.link(a, b)
         except OSError:
@@ -303,7 +309,7 @@ def _link(source: Path, target: Path) -> None:
 
     aside = target.with_name(f".{target.name}.linking")
     shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(source, aside, copy_function=copy, ignore=shutil.ignore_patterns("checkpoints", "manifest.json"))
+    shutil.copytree(source, aside, copy_function=copy, ignore=shutil.ignore_patterns(*leave))
     shutil.rmtree(target, ignore_errors=True)
     os.replace(aside, target)
 

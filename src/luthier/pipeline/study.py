@@ -12,7 +12,7 @@ or of an earlier study of the same name, is linked over instead of run again (th
 once for all methods). A cell that fails is written down with its sentence and the next one begins; only an
 interruption ends the study, and `luthier resume` on its folder goes on: cells that had finished are kept. The table is
 written anew after every cell. Exit code: 4 if a cell broke off, else 2 if a cell's input was refused, else 3 if a gate
-of a cell closed, else 0. Gates judge one model; a study that compares several may want them wide.
+of a cell closed, else 0. Gates judge one model; `study.allow` names those that shall stop no cell of a comparison.
 
 Under a launcher all processes walk through the cells together; there a failure ends the study.
 """
@@ -46,6 +46,7 @@ def drive_study(
     began = time.perf_counter()
     grid = cells(context.recipe)
     last = min(until or STAGES[-1], context.recipe.study.until, key=STAGES.index)
+    waived = [*allow, *context.recipe.study.allow]
     records: list[dict[str, Any]] = [
         {"labels": cell.labels, "folder": f"cells/{cell.folder}", "state": WAITING, "exit_code": None}
         for cell, _ in grid
@@ -55,7 +56,7 @@ def drive_study(
     for number, (cell, recipe) in enumerate(grid):
         context.say(f"cell {number + 1} of {len(grid)}: {cell.name}")
         inner = _context(context, cell, recipe)
-        record = _run_cell(inner, until=last, allow=allow, from_stage=from_stage)
+        record = _run_cell(inner, until=last, allow=waived, from_stage=from_stage)
         findings += record.pop("findings")
         records[number] |= record
         context.ranks.first(lambda: _write(context, records))
@@ -104,7 +105,8 @@ def _run_cell(context: Context, *, until: str, allow: Sequence[str], from_stage:
         state = f"failed: {type(error).__name__}: {said} (see traceback.txt)"
         return {"state": state, "exit_code": 4, "findings": []}
     closed = [f"{f.code}: {f.message}" for f in result.findings if f.level == "error" and not f.waived]
-    state = f"stopped at a gate: {'; '.join(closed)}" if closed else "done"
+    allowed = ", ".join(dict.fromkeys(f.code for f in result.findings if f.waived))
+    state = f"stopped at a gate: {'; '.join(closed)}" if closed else f"done (allowed: {allowed})" if allowed else "done"
     return {"state": state, "exit_code": result.exit_code, "findings": result.findings}
 
 
