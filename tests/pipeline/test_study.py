@@ -100,6 +100,7 @@ def test_axes_work_in_their_order():
         ({"rank": {"few": {"tune.rnk": 3}}}, ["vary.rank.few", "unknown key 'rnk'", "did you mean 'rank'"]),
         ({"rank": {"few": {"tune.rank": 0}}}, ["vary.rank.few: tune.0.rank", "greater"]),
         ({"size": {"1": {}, "2": {"data.source.9": None}}}, ["vary.size.2.data.source.9", "list of 2"]),
+        ({"tuning": {"none": {"tune.0": None}}}, ["vary.tuning.none: tune", "at least 1"]),
         ({"size": {"a": {"name": "x"}}}, ["axis 'size', label 'a'", "the same for all cells"]),
         ({"size": {"a": {"study.until": "tune"}}}, ["the same for all cells"]),
         ({}, ["no axis"]),
