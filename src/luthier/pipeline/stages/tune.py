@@ -127,6 +127,7 @@ def _take_over(context: Context, directory: Path) -> int:
             if whole and json.loads((phases[-1] / KEY).read_text(encoding="utf-8")) == key:
                 for phase in phases:
                     link_folder(phase, directory / phase.name)
+                context.say(f"  {'phase 1' if number == 1 else f'phases 1 to {number}'}: as in {folder}")
                 return number
     return 0
 
