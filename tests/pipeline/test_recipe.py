@@ -195,9 +195,17 @@ def test_a_wrong_override_is_named(written, change):
     assert change in complaint(written(GOOD), change)
 
 
-@pytest.mark.parametrize("change", ["tune.2.rank=3", "tune.-1.rank=3", "tune.rank=3", "tune.x=3"])
+@pytest.mark.parametrize("change", ["tune.2.rank=3", "tune.-3.rank=3", "tune.rank=3", "tune.x=3"])
 def test_a_list_takes_numbers_within_it(written, change):
     assert "list of 2" in complaint(written(LISTED), change)
+
+
+def test_places_of_a_list_count_from_the_end_too_and_one_phase_is_a_list_of_one(written):
+    assert load_recipe(written(LISTED), ["tune.-1.rank=3"]) == load_recipe(written(LISTED), ["tune.1.rank=3"])
+    one = load_recipe(written(GOOD), ["tune.rank=3"])
+    assert one == load_recipe(written(GOOD), ["tune.-1.rank=3"]) == load_recipe(written(GOOD), ["tune.0.rank=3"])
+    dumped = written(dump_recipe(load_recipe(written(GOOD))))  # there, the phase stands in a list
+    assert load_recipe(dumped, ["tune.rank=3"]) == one
 
 
 # -- schema

@@ -122,6 +122,9 @@ def plan(recipe: str, overrides: Overrides = None, as_json: AsJson = False) -> N
         _show(found)
         return
     print(f"{found['name']}: {found['model']['base']}, {found['model']['parameters']:,} parameters")
+    if "study" in found:
+        axes = " x ".join(f"{len(labels)} {axis}" for axis, labels in found["study"]["vary"].items())
+        print(f"  study     {found['study']['cells']:,} cells ({axes}); the first of them:")
     rows = found["data"]["rows"]
     counts = ", ".join(f"{n:,} {split}" for split, n in rows.items())
     print(f"  data      {counts} rows; {found['data']['tokens']:,} tokens")

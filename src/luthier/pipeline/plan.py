@@ -2,7 +2,8 @@
 
 The rows are read and split in a scratch folder and encoded with the model's tokenizer; the model is built without
 weights. So counts of rows, tokens, steps and parameters are exact, memory is an estimate, and time is left open: it
-depends on the machine and is measured by the dry run of the environment stage.
+depends on the machine and is measured by the dry run of the environment stage. Of a study, the first cell is planned,
+and the section study says how many there are.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ from luthier.data.rows import Rows
 from luthier.data.store import encode_split
 from luthier.models import count, estimate, load_tokenizer, skeleton, verify
 from luthier.models.topology import Topology
-from luthier.pipeline.recipe import Recipe, load_recipe
+from luthier.pipeline.recipe import Recipe, cells, load_recipe
 
 
 def plan(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Sections data, model, tune, evaluate, deploy, findings; json-able. Raises `InputError` as `run` would."""
     recipe = load_recipe(source, overrides)
+    grid = cells(recipe)
+    study = {"cells": len(grid), "vary": {a: list(ls) for a, ls in recipe.study.vary.items()}} if recipe.study else None
+    recipe = grid[0][1] if grid else recipe
     facts = verify(recipe.model)
     with tempfile.TemporaryDirectory() as scratch:
         prepared = prepare(recipe.data, Path(scratch) / "rows", seed=recipe.environment.seed)
@@ -77,7 +81,7 @@ def plan(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[st
         "evaluate": [{"name": t.name, "method": t.method, "role": t.role} for t in recipe.evaluate.tasks],
         "deploy": {"merge": recipe.deploy.merge},
         "findings": [f.model_dump() for f in findings],
-    }
+    } | ({"study": study} if study else {})
 
 
 def _moving(tuning: Any, topology: Topology, model: Any) -> int:

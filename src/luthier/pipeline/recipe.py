@@ -6,8 +6,10 @@
     tune:     {method: lora, rank: 16, objective: {method: sft}, train: {learning_rate: 2.0e-4}}
     evaluate: {tasks: [...], gates: {min_gain: 0.0, max_forgetting: 2.0}}
 
-`tune` is one phase or a list of phases. Relative paths are taken from the folder in which the command runs. A key that
-nobody knows is an error with the nearest known one; the file, the line and the dotted key are always named.
+`tune` is one phase or a list of phases. With a section `study` the recipe is run once for every cell of a grid
+(`luthier.pipeline.grid`), and each cell is checked here as a recipe of its own. Relative paths are taken from the
+folder in which the command runs. A key that nobody knows is an error with the nearest known one; the file, the line and
+the dotted key are always named.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from luthier.errors import InputError, did_you_mean
 from luthier.evaluate.settings import EvaluateSettings
 from luthier.methods import build, field, find, table
 from luthier.models.settings import ModelSettings
+from luthier.pipeline.grid import Cell, StudySettings, grid
 from luthier.pipeline.recipe_text import Lines, Place, override, parse, plain, read_text
 from luthier.train.settings import TrainSettings
 
@@ -104,6 +107,7 @@ class Recipe(Section):
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
     deploy: DeploySettings = DeploySettings()
     monitor: MonitorSettings = MonitorSettings()
+    study: StudySettings | None = None
 
     @field_validator("tune", mode="before")
     @classmethod
@@ -132,16 +136,44 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequ
         value, lines = parse(text, name)
     else:
         raise InputError(f"a recipe is a path, a name or a mapping, got {type(source).__name__}")
-    overridden = {override(value, text): text for text in overrides}
+    overridden = {override(value, text): f"override {text}" for text in overrides}
     try:
-        return Recipe.model_validate(value)
+        recipe = Recipe.model_validate(value)
     except ValidationError as error:
         raise _explain(error, name, lines, value, overridden) from None
+    cells(recipe, name, lines)
+    return recipe
+
+
+def cells(recipe: Recipe, name: str = "recipe", lines: Lines | None = None) -> list[tuple[Cell, Recipe]]:
+    """Every cell of a recipe's study with its own recipe, without a study; none for a recipe without one.
+
+    Raises `InputError` that names axis and label where a cell is no valid recipe.
+    """
+    if recipe.study is None:
+        return []
+    known = lines or {}
+
+    def where(by: str) -> str:
+        line = known.get(tuple(by.split(".", 3)))
+        return f"{name}:{line}: {by}" if line else f"{name}: {by}"
+
+    made = []
+    for cell in grid(recipe.model_dump(mode="json", by_alias=True), recipe.study.vary, where):
+        try:
+            made.append((cell, Recipe.model_validate(cell.value)))
+        except ValidationError as error:
+            overridden = {place: where(by) for place, by in cell.set_by.items()}
+            raise _explain(error, f"{name}, {cell.name}", {}, cell.value, overridden) from None
+    return made
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """YAML of a recipe with all its defaults; loads back equal."""
-    return yaml.safe_dump(recipe.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
+    value = recipe.model_dump(mode="json", by_alias=True)
+    if value["study"] is None:
+        del value["study"]
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
 
 
 def json_schema() -> dict[str, Any]:
@@ -185,7 +217,8 @@ def _explain(
     given_by = next((overridden[place] for place in above if place in overridden), None)
     if not given_by and path not in lines:  # the override made the mapping that is refused
         given_by = next((text for place, text in overridden.items() if place[: len(path)] == path), None)
-    where = f"override {given_by}" if given_by else f"{name}:{line}: {dotted}" if line else f"{name}: {dotted}"
+    at = f": {dotted}" if given_by and not given_by.startswith("override ") else ""
+    where = f"{given_by}{at}" if given_by else f"{name}:{line}: {dotted}" if line else f"{name}: {dotted}"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     kind, given = first["type"], first.get("input")
     if kind == "extra_forbidden":

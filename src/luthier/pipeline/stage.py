@@ -72,6 +72,7 @@ class Context:
     progress: bool = False
     ranks: Ranks = field(default_factory=Ranks)
     memory: dict[str, Any] = field(default_factory=dict)  # large things one stage leaves for the next (the base model)
+    runs: Path | None = None  # where earlier runs lie; beside this one unless it is a cell of a study
 
     def path(self, stage: str) -> Path:
         """The folder of a stage in this run."""

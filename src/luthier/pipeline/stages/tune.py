@@ -1,8 +1,14 @@
-"""Stage 4, tune: the phases one after the other, each from where the one before ended."""
+"""Stage 4, tune: the phases one after the other, each from where the one before ended.
+
+A phase that is followed by another leaves a key of all that decided it. Where another run of the same name, or another
+cell of a study, has finished the same first phases from the same model and rows, they are taken over with their last
+checkpoints: supervised tuning before six preference losses is done once.
+"""
 
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 import time
 from collections.abc import Iterable
@@ -22,11 +28,14 @@ from luthier.models.shards import gathered, is_sharded, part_here
 from luthier.models.topology import Topology
 from luthier.pipeline.progress import training_progress
 from luthier.pipeline.recipe import Phase, Recipe
-from luthier.pipeline.stage import Context, Outcome, Stage
+from luthier.pipeline.run import earlier_runs, link_folder
+from luthier.pipeline.stage import Context, Outcome, Stage, code_version, digest, write_json
 from luthier.pipeline.stages.model import load_base, pad_id
 from luthier.train import Loop
 from luthier.tune import Probe, Tuned
 from luthier.tune.base import share_that_moves
+
+KEY = "key.json"  # of a phase, beside its metrics and checkpoints
 
 
 class TuneStage(Stage):
@@ -45,6 +54,7 @@ class TuneStage(Stage):
         findings: list[Finding] = []
         facts: dict[str, Any] = {"phases": []}
         context.ranks.first(lambda: shutil.rmtree(directory / "tuned", ignore_errors=True))
+        taken = context.ranks.first(lambda: _take_over(context, directory))
         for number, phase in enumerate(recipe.tune, start=1):
             last = number == len(recipe.tune)
             loop = make_loop(context, loaded, phase, directory=directory / f"phase-{number}", phase_number=number)
@@ -78,6 +88,9 @@ class TuneStage(Stage):
                 "tokens": sum(r["tokens"] for r in history),
                 "train_seconds": sum(r["seconds"] for r in history),
             }
+            if not last:
+                phase_facts["taken_over"] = number <= taken
+                context.ranks.first(lambda at=loop.directory, n=number: write_json(at / KEY, _key(context, n)))  # type: ignore[misc]
             facts["phases"].append(phase_facts)
             tuned = _in_one_piece(context, loop, phase)
             if len(recipe.tune) == 1:
@@ -92,6 +105,31 @@ class TuneStage(Stage):
         files = [p.relative_to(directory).as_posix() for p in sorted((directory / "tuned").rglob("*.safetensors"))]
         facts["peak_memory"] = int(context.ranks.agree(peak_memory()))
         return Outcome(findings, facts, files)
+
+
+def _key(context: Context, number: int) -> dict[str, str]:
+    """All that decides the outcome of the first `number` phases, as a hash."""
+    model = context.manifest("model")
+    phases = [phase.model_dump(mode="json") for phase in context.recipe.tune[:number]]
+    environment = context.recipe.environment.model_dump(mode="json", exclude={"trackers"})
+    return {"key": digest([model and [model.key, model.outputs], phases, environment, code_version()])}
+
+
+def _take_over(context: Context, directory: Path) -> int:
+    """Link the most first phases that an earlier run has finished alike; how many there are."""
+    if any(directory.glob("phase-*")):
+        return 0  # this run's own attempt goes on
+    for number in range(len(context.recipe.tune) - 1, 0, -1):
+        key = _key(context, number)
+        for folder in earlier_runs(context):
+            phases = [folder / directory.name / f"phase-{n}" for n in range(1, number + 1)]
+            whole = all((phase / "checkpoints").is_dir() for phase in phases) and (phases[-1] / KEY).is_file()
+            if whole and json.loads((phases[-1] / KEY).read_text(encoding="utf-8")) == key:
+                for phase in phases:
+                    link_folder(phase, directory / phase.name)
+                context.say(f"  {'phase 1' if number == 1 else f'phases 1 to {number}'}: as in {folder}")
+                return number
+    return 0
 
 
 def _save(outcome: Any, directory: Path) -> str:
@@ -150,8 +188,6 @@ def make_loop(context: Context, loaded: Loaded, phase: Phase, *, directory: Path
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a phase's metrics.jsonl."""
-    import json
-
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
