@@ -5,7 +5,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from luthier.data.pairs import PairedExamples
+from luthier.data.roles import CHOSEN, DESIRABLE, PLAIN, REJECTED, UNDESIRABLE
+from luthier.data.views import PairedExamples
 from luthier.errors import InputError
 from luthier.methods import build
 from luthier.models.topology import Topology
@@ -31,6 +32,7 @@ class Preferences:
             self.rows += [{"input_ids": prompt + a, "labels": [-100] * len(prompt) + a} for a in (win, lose)]
         self.lengths = np.array([len(r["input_ids"]) for r in self.rows])
         self.row = np.arange(2 * count) // 2
+        self.role = np.array([CHOSEN, REJECTED] * count)
 
     def __len__(self):
         return len(self.rows)
@@ -173,11 +175,66 @@ def test_the_default_learning_rate_is_that_of_preferences():
 
 def test_equal_answers_are_left_out_and_other_rows_refused():
     paired = PairedExamples(Preferences(5, same=2))
-    assert (len(paired), paired.identical) == (4, 1)
+    assert (len(paired), paired.left_out) == (4, 1)
     examples = Preferences(5)
-    examples.row[3:] += 1
-    with pytest.raises(InputError, match="row 2 of the data is no pair"):
-        PairedExamples(examples)
+    examples.role[2:4] = PLAIN  # two answers of one conversation, say
+    with pytest.raises(InputError, match=r"dpo learns from pairs .* row 2 of the data is a single answer"):
+        loop(dpo(), examples=examples)
+    examples.role[2:4] = DESIRABLE
+    with pytest.raises(InputError, match=r"row 2 of the data is a judged answer.*objective: kto"):
+        loop({"method": "orpo"}, examples=examples)
+
+
+class Judged(Preferences):
+    """Single answers, two to three of them desirable."""
+
+    def __init__(self, count, seed=0):
+        super().__init__(count, seed)
+        self.row = np.arange(2 * count)
+        self.role = np.where(np.arange(2 * count) % 5 < 2, DESIRABLE, UNDESIRABLE)
+
+
+@pytest.mark.parametrize("kind", [Preferences, Judged])
+def test_sft_learns_the_good_answers_only(kind):
+    """Equal, to the last bit, to training on a data set that holds nothing else."""
+
+    class Alone:
+        def __init__(self, whole):
+            self.rows = [r for r, role in zip(whole.rows, whole.role, strict=True) if role in (CHOSEN, DESIRABLE)]
+            self.lengths = np.array([len(r["input_ids"]) for r in self.rows])
+
+        def __len__(self):
+            return len(self.rows)
+
+        def __getitem__(self, index):
+            return self.rows[index]
+
+    both, alone = loop({"method": "sft"}, examples=kind(12)), loop({"method": "sft"}, examples=Alone(kind(12)))
+    assert both.train.left_out == 24 - len(alone.train) > 0
+    assert losses(both) == losses(alone)
+
+
+def test_kto_learns_from_judged_answers(tmp_path):
+    made = loop({"method": "kto", "beta": 1.0}, tmp_path, examples=Judged(12), train={"num_train_epochs": 12})
+    records = made.run()
+    assert records[0].loss == pytest.approx(0.5, abs=1e-6)
+    assert records[-1].loss < 0.3
+    last = records[-1].metrics
+    assert last["rewards/chosen"] > 0.5 and last["rewards/rejected"] < -0.5
+    assert not {"rewards/margin", "rewards/accuracy"} & set(last)
+
+
+def test_kto_on_judged_answers_resumes_exactly(tmp_path):
+    objective = {"method": "kto"}
+    whole = loop(objective, tmp_path / "a", examples=Judged(12))
+    whole.run()
+    cut = loop(objective, tmp_path / "b", examples=Judged(12))
+    for _, _ in zip(range(4), cut.steps(), strict=False):
+        pass
+    again = loop(objective, tmp_path / "b", examples=Judged(12))
+    assert len(again.run()) == whole.total - 3
+    a, b = whole.tuned.state_dict(), again.tuned.state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_no_adapter_to_switch_off():

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from luthier.errors import InputError
-from luthier.objectives.base import Batch, labelled
+from luthier.objectives.batch import Batch, labelled
 
 CHUNK_BYTES = 128 * 2**20  # float32 logits alive at a time
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import xxhash
 
-from luthier.data.pairs import PairedExamples
 from luthier.data.store import Encodings
+from luthier.data.views import PairedExamples
 from luthier.errors import GateError, InputError
 from luthier.findings import Finding
 from luthier.models import Loaded
@@ -50,11 +50,7 @@ class TuneStage(Stage):
             loop = make_loop(context, loaded, phase, directory=directory / f"phase-{number}", phase_number=number)
             assert loop.directory is not None
             loop.directory.mkdir(parents=True, exist_ok=True)
-            if isinstance(loop.train, PairedExamples) and loop.train.identical:
-                text = f"{loop.train.identical} pairs were left out because both answers are the same"
-                findings.append(
-                    Finding(level="warn", code="tune.identical_pairs", message=text, value=loop.train.identical)
-                )
+            findings += _left_out(loop)
             moving, whole = share_that_moves(loop.tuned)
             frozen = _fingerprint(loop.tuned.frozen().values())
             began = time.perf_counter()
@@ -186,6 +182,18 @@ def _judge(history: list[dict[str, Any]], number: int) -> list[Finding]:
         text = "the validation loss rose three times in a row: fewer epochs, or load_best_model_at_end: true"
         findings.append(Finding(level="warn", code="tune.overfit", message=text, value=checks[-1], limit=min(checks)))
     return findings
+
+
+def _left_out(loop: Loop) -> list[Finding]:
+    """What the objective does not learn from although it stands in the training rows."""
+    count = loop.train.left_out
+    if not count:
+        return []
+    if isinstance(loop.train, PairedExamples):
+        text = f"{count} pairs were left out because both answers are the same"
+        return [Finding(level="warn", code="tune.identical_pairs", message=text, value=count)]
+    text = f"{loop.objective.method} imitates good answers only; {count} rejected or undesirable ones were left out"
+    return [Finding(level="warn", code="tune.not_imitated", message=text, value=count)]
 
 
 def _fingerprint(parameters: Iterable[torch.Tensor]) -> str:
