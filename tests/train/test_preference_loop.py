@@ -10,6 +10,7 @@ from luthier.data.views import PairedExamples
 from luthier.errors import InputError
 from luthier.methods import build
 from luthier.models.topology import Topology
+from luthier.objectives import objective_of
 from luthier.train import Loop, TrainSettings
 from luthier.tune import Probe
 
@@ -54,7 +55,7 @@ def loop(objective, directory=None, tuning="full", train=None, examples=None, ne
     tuned = build("tune", chosen).attach(net, Probe(Topology.of(net)))
     return Loop(
         tuned,
-        build("objectives", objective),
+        objective_of(objective),
         TrainSettings(**(settings | {"learning_rate": 1e-2} | (train or {}))),
         Preferences(24) if examples is None else examples,
         directory=directory,
@@ -102,7 +103,17 @@ def _tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="w1", pad_token="w2")
 
 
-@pytest.mark.parametrize("objective", [*(dpo(reference=r) for r in ("model", "cached")), {"method": "orpo"}])
+MIX = [{"method": "dpo", "beta": 0.5}, {"method": "sft", "weight": 0.2}]
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        *(dpo(reference=r) for r in ("model", "cached")),
+        {"method": "orpo"},
+        [MIX[0] | {"reference": "cached"}, MIX[1]],
+    ],
+)
 def test_resume_is_exact(tmp_path, objective):
     whole = loop(objective, tmp_path / "a", train={"num_train_epochs": 2})
     whole.run()
@@ -123,6 +134,56 @@ def test_micro_batches_do_not_matter(name, packing):
     whole = losses(loop(objective, train=train | {"max_tokens_per_device": 4096}, packing=packing))
     pieces = losses(loop(objective, train=train | {"max_tokens_per_device": 40}, packing=packing))
     assert pieces == pytest.approx(whole, rel=1e-4)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_micro_batches_do_not_matter_to_a_list(packing):
+    train = {"max_steps": 3, "learning_rate": 1e-3}
+    whole = losses(loop(MIX, train=train | {"max_tokens_per_device": 4096}, packing=packing))
+    pieces = losses(loop(MIX, train=train | {"max_tokens_per_device": 40}, packing=packing))
+    assert pieces == pytest.approx(whole, rel=1e-4)
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_list_finds_the_same_reference_in_a_cache(tmp_path, tuning, packing):
+    """With validation rows, whose loss takes the reference of theirs."""
+
+    def records(reference):
+        made = loop(
+            [MIX[0] | {"reference": reference}, MIX[1]],
+            tmp_path / reference,
+            tuning,
+            {"max_steps": 3, "eval_steps": 1, "learning_rate": 1e-3},
+            packing=packing,
+            validation=Preferences(7, seed=3),
+        )
+        return [value for record in made.run() for value in (record.loss, record.validation_loss)]
+
+    assert records("cached") == pytest.approx(records("model"), rel=1e-4)
+    assert sorted(p.name for p in (tmp_path / "cached").glob("*.parquet")) == [
+        "reference-train.parquet",
+        "reference-validation.parquet",
+    ]
+
+
+def test_a_part_of_weight_zero_changes_no_bit():
+    assert losses(loop([*MIX, {"method": "kto", "weight": 0}])) == losses(loop(MIX))
+    assert losses(loop([dpo(), {"method": "sft", "weight": 0}])) == losses(loop([dpo()])) == losses(loop(dpo()))
+
+
+def test_the_reference_is_where_the_phase_began(tmp_path):
+    """A second phase on what the first has made: its rewards begin at 0 again, cached or not, in folders of its own."""
+    for reference in ("model", "cached"):
+        net = model()
+        for phase in ("1", "2"):
+            made = loop(dpo(reference=reference), tmp_path / reference / phase, net=net, train={"max_steps": 3})
+            first, *_, last = made.run()
+            assert first.loss == pytest.approx(np.log(2), abs=1e-6)
+            assert first.metrics["rewards/chosen"] == pytest.approx(0, abs=1e-5) != last.metrics["rewards/chosen"]
+            net = made.tuned.merged()
+    with pytest.raises(InputError, match="other weights"):  # not another phase's
+        loop(dpo(reference="cached"), tmp_path / "cached" / "1", net=net).run()
 
 
 def test_kto_never_meets_a_single_pair():

@@ -6,8 +6,9 @@
     tune:     {method: lora, rank: 16, objective: {method: sft}, train: {learning_rate: 2.0e-4}}   # or a list
     evaluate: {tasks: [...], gates: {min_gain: 0.0, max_forgetting: 2.0}}
 
-`tune` is one phase or a list of phases, `objective` one objective or a weighted list of them. Relative paths are taken from the folder in which the command runs. A key that
-nobody knows is an error with the nearest known one; the file, the line and the dotted key are always named.
+`tune` is one phase or a list of phases, `objective` one objective or a weighted list of them. Relative paths are taken
+from the folder in which the command runs. A key that nobody knows is an error with the nearest known one; the file, the
+line and the dotted key are always named.
 """
 
 from __future__ import annotations
@@ -183,7 +184,8 @@ def json_schema() -> dict[str, Any]:
                 parts.append({"$ref": f"#/$defs/{room}.{name}.weighted"})
             definitions[f"{room}.{name}"] = own
             refs[room].append({"$ref": f"#/$defs/{room}.{name}"})
-    definitions.pop("Phase", None)
+    for name in ("Phase", "Method"):  # known by their parts above
+        definitions.pop(name, None)
     phase = {"anyOf": refs["tune"]}
     schema["properties"]["tune"] = {"anyOf": [phase, {"type": "array", "items": phase, "minItems": 1}]}
     definitions["EvaluateSettings"]["properties"]["tasks"]["items"] = {"anyOf": refs["evaluate"]}
