@@ -51,7 +51,7 @@ def model(dropout=0.0):
 def loop(objective, directory=None, tuning="full", train=None, examples=None, net=None, **more):
     net = model() if net is None else net
     settings = {"effective_batch_size": 8, "max_tokens_per_device": 90, "num_train_epochs": 2, "save_steps": 3}
-    chosen = {"method": tuning} | ({"rank": 4} if tuning == "lora" else {})
+    chosen = {"method": tuning} | ({"rank": 4} if tuning == "lora" else {}) if isinstance(tuning, str) else tuning
     tuned = build("tune", chosen).attach(net, Probe(Topology.of(net)))
     return Loop(
         tuned,
@@ -165,6 +165,14 @@ def test_a_list_finds_the_same_reference_in_a_cache(tmp_path, tuning, packing):
         "reference-train.parquet",
         "reference-validation.parquet",
     ]
+
+
+def test_a_rehearsal_scores_what_it_needs():
+    for settings in ({}, {"effective_batch_size": 24}):
+        whole, short = (loop(dpo(reference="cached"), train=settings, rehearse=r) for r in (None, 2))
+        one, two = ([record.loss for _, record in zip(range(2), m.steps(), strict=False)] for m in (whole, short))
+        assert one == two
+        assert (short.train.reference != 0).any(axis=1).sum() == (16 if not settings else 24)
 
 
 def test_a_part_of_weight_zero_changes_no_bit():
@@ -301,3 +309,13 @@ def test_kto_on_judged_answers_resumes_exactly(tmp_path):
 def test_no_adapter_to_switch_off():
     with pytest.raises(InputError, match="no adapter to switch off"):
         loop(dpo(reference="adapter_off"))
+
+
+@pytest.mark.parametrize("options", [{"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"bias": "all"}])
+def test_an_adapter_that_changes_its_base_is_no_reference_when_off(options, tmp_path):
+    tuning = {"method": "lora", "rank": 4, "peft": options}
+    with pytest.raises(InputError, match="no adapter to switch off"):
+        loop(dpo(reference="adapter_off"), tuning=tuning)
+    found = [losses(loop(dpo(reference=r), tmp_path / r, tuning)) for r in ("auto", "cached")]
+    assert found[0][0] == pytest.approx(np.log(2), abs=1e-6)
+    assert found[1] == pytest.approx(found[0], rel=1e-4)

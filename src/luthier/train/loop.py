@@ -65,6 +65,7 @@ class Loop:
         pad_id: fills rows up on the right; its embedding never matters to a causal model.
         packing: put several examples into one row (`luthier.data.collate.packing_is_exact` must approve the model).
         device: `cpu`, `cuda` or `auto`.
+        rehearse: only so many steps will be taken (a dry run), so a cached reference need not score the rest.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Loop:
         packing: bool = False,
         device: str = "auto",
         trackers: Sequence[str] = (),
+        rehearse: int | None = None,
     ):
         self.needs = objective.needs()
         self.train = view(train, self.needs.learns_from, objective.method)
@@ -94,6 +96,7 @@ class Loop:
         self.tuned, self.objective, self.settings = tuned, objective, settings
         self.reference = Reference(tuned, self.needs.reference) if self.needs.reference else None
         self.directory, self.seed, self.pad_id, self.packing = directory, seed, pad_id, packing
+        self.rehearse = rehearse
         AcceleratorState._reset_state(reset_partial_state=True)  # another loop may have left its own
         self.accelerator = Accelerator(
             cpu=on_cpu(device),
@@ -260,7 +263,7 @@ class Loop:
 
         def score() -> NDArray[np.float64]:
             found = torch.zeros(len(pairs), 2, dtype=torch.float64, device=self.accelerator.device)
-            for step in self._plan(0, pairs):
+            for step in self._plan(0, pairs)[: self.rehearse]:
                 for indices in step[self.accelerator.process_index]:
                     with self.accelerator.autocast():
                         scored = reference.logprobs(self.model, self._collate(indices, pairs))

@@ -100,8 +100,11 @@ def cache(pairs: PairedExamples, weights: str, path: Path | None, score: Callabl
     import pyarrow as pa
     from pyarrow import parquet
 
+    if path is None:
+        pairs.reference = score()
+        return
     hashes = {b"weights": weights.encode(), b"pairs": pairs.fingerprint().encode()}
-    if path is not None and path.is_file():
+    if path.is_file():
         table = parquet.read_table(path)
         kept = table.schema.metadata or {}
         for name, value in hashes.items():
@@ -115,7 +118,7 @@ def cache(pairs: PairedExamples, weights: str, path: Path | None, score: Callabl
         pairs.reference = np.stack(known, axis=1)
         return
     pairs.reference = score()
-    if path is not None and main:
+    if main:
         columns = dict(zip(_COLUMNS, pairs.reference.T, strict=True))
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{path.name}.{os.getpid()}")

@@ -28,6 +28,8 @@ from luthier.train import Loop
 from luthier.tune import Probe, Tuned
 from luthier.tune.base import share_that_moves
 
+REHEARSED = 2  # steps of a dry run
+
 
 class TuneStage(Stage):
     """Writes metrics, checkpoints and, whole, the folder `tuned/`."""
@@ -134,6 +136,7 @@ def make_loop(context: Context, loaded: Loaded, phase: Phase, *, directory: Path
         packing=bool(context.facts("model").get("packing", False)),
         device=recipe.environment.device,
         trackers=recipe.environment.trackers if directory else (),
+        rehearse=None if directory else REHEARSED,
     )
     if len(recipe.tune) > 1 and is_sharded(tuned.model.parameters()):
         raise InputError(
