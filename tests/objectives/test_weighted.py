@@ -12,7 +12,7 @@ from luthier.data.views import view
 from luthier.errors import InputError
 from luthier.objectives import Objective, Sft, objective_of
 from luthier.objectives.base import Needs
-from luthier.objectives.batch import part
+from luthier.objectives.batch import narrow, part
 from luthier.objectives.preference import answer_logprobs
 from luthier.objectives.weighted import Part, Weighted
 from luthier.train.micro_batch import micro_batch
@@ -26,6 +26,7 @@ MIXES = [
     ["cpo", "sft", SEQUENCE],  # three means over tokens or answers of the same tokens
     ["kto", "sft"],
     [ORPO_ALL, "sft", "ipo"],
+    ["dpo", ORPO_ALL, SEQUENCE, ORPO_ALL],
     [ROBUST, "hinge", "simpo", "kto"],
     [{"method": "dpo", "beta": 0.1}, {"method": "dpo", "beta": 2.0}],
 ]
@@ -67,7 +68,7 @@ def batch_of(objective, reference, indices=(0, 1, 2, 3), packing=False, kinds=No
     batch = micro_batch(items, list(indices), objective, packing=packing, pad_id=0, device=torch.device("cpu"))
     with torch.no_grad():
         for prefix in needs.referenced:
-            batch[f"{prefix}reference_logprobs"] = answer_logprobs(reference, part(batch, prefix))
+            batch[f"{prefix}reference_logprobs"] = answer_logprobs(reference, part(narrow(batch), prefix))
     return batch
 
 
@@ -114,10 +115,15 @@ def test_how_a_step_is_cut_does_not_matter(parts):
 
 @pytest.mark.parametrize(
     ("parts", "passes"),
-    [(["dpo", "sft", "ipo"], 1), (["cpo", "sft", "simpo"], 1), (["kto", "sft", "dpo"], 2), ([ORPO_ALL, "sft"], 2)],
+    [
+        (["dpo", "sft", "ipo"], 1),
+        (["cpo", "sft", "simpo"], 1),
+        (["kto", "sft", "dpo"], 2),
+        (["dpo", ORPO_ALL, "sft", ORPO_ALL], 1),
+    ],
 )
-def test_how_often_the_model_runs(parts, passes):
-    net, whole = model(), objective_of(weigh(parts, [1, 1, 1]))
+def test_the_model_runs_once_for_all_parts(parts, passes):
+    net, whole = model(), objective_of(weigh(parts, [1, 1, 1, 1]))
     batch = batch_of(whole, model(1))
     whole.loss(net, batch)  # the first time, what the model does behind its head is found out
     ran = []

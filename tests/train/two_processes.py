@@ -49,7 +49,7 @@ class Judged(Examples):
         self.role = np.where(self.row % 3 == 0, DESIRABLE, UNDESIRABLE)
 
 
-LIST = [  # two passes with gradient: orpo has labels of its own
+LIST = [  # orpo learns the prompts too, the others do not
     {"method": "dpo"},
     {"method": "sft", "weight": 0.3},
     {"method": "orpo", "nll_over": "all", "weight": 0.5},

@@ -94,12 +94,14 @@ class Objective(Method):
         return Needs()
 
     @property
-    def own_labels(self) -> bool:
-        """Whether `arrange` changes the labels of the plain part, so that no other objective can share its pass."""
+    def widens_labels(self) -> bool:
+        """Whether `arrange` labels more than the answers."""
         return False
 
     def arrange(self, rows: Sequence[Encoded], longest: int | None = None) -> dict[str, list[Encoded]]:
         """The sequences of one micro-batch, by prefix of their tensors' names; the plain ones have the prefix ''.
+
+        Labels of the plain part may be widened; those of the answers then stand in a part `answer_` of the same rows.
 
         Args:
             rows: encoded examples as `luthier.data.views` lays them out, good ones first; of n pairs, 2n.

@@ -7,6 +7,7 @@ they are counted through the whole batch, row by row. Other tensors have an entr
     chosen, desirable      bool: good ones and bad ones, where the examples are pairs, or judged answers
     reference_logprobs     float: summed log-probability of the answer under the reference
     <prefix>input_ids ...  a further part of the batch with sequences of its own, as an objective's `arrange` asks for
+    answer_labels          where the labels are wider than the answers (a prompt is learned too), those of the answers
 """
 
 from __future__ import annotations
@@ -53,6 +54,14 @@ def good(batch: Batch) -> Tensor | None:
 def part(batch: Batch, prefix: str) -> dict[str, Tensor]:
     """What the model takes of one part of a batch, and its labels, without `prefix`."""
     return {name: batch[prefix + name] for name in _MODEL_COLUMNS if prefix + name in batch}
+
+
+def narrow(batch: Batch) -> Batch:
+    """The batch with the labels of the answers alone."""
+    if "answer_labels" not in batch:
+        return batch
+    kept = {name: tensor for name, tensor in batch.items() if not name.startswith("answer_")}
+    return kept | {"labels": batch["answer_labels"]}
 
 
 def _starts(batch: Batch) -> Tensor:

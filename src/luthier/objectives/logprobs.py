@@ -52,6 +52,11 @@ class TokenLogprobs:
     entropy: Tensor | None
     correct: Tensor
 
+    def __getitem__(self, kept: Tensor) -> TokenLogprobs:
+        """Those of some tokens; `kept` is (tokens,) bool."""
+        entropy = None if self.entropy is None else self.entropy[kept]
+        return TokenLogprobs(self.logprobs[kept], self.rows[kept], self.positions[kept], entropy, self.correct[kept])
+
 
 def token_logprobs(
     model: nn.Module, batch: Batch, *, entropy: bool = False, chunk_tokens: int | None = None

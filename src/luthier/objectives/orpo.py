@@ -42,7 +42,7 @@ class Orpo(WithLikelihood):
         return 1.0
 
     @property
-    def own_labels(self) -> bool:
+    def widens_labels(self) -> bool:
         return self.nll_over == "all"
 
     def arrange(self, rows: Sequence[Encoded], longest: int | None = None) -> dict[str, list[Encoded]]:

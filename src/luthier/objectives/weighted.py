@@ -9,9 +9,10 @@ means. Metrics are told apart the same way (`dpo/rewards/margin`); a method that
 A part of weight 0 is left out, and a list of one part of weight 1 is that part.
 
 All parts learn from the same rows, and so must agree on what an item is: `sft` beside `dpo` learns the chosen answers.
-They share one forward pass. Two things cost passes of their own: what `kto` looks at beside (its mismatched answers),
-and a part with labels of its own (`orpo` with `nll_over: all`). There is one reference, so parts that need one must
-name the same. The default learning rate is the lowest of the parts', and dropout is off if one part wants it off.
+They share one forward pass; a part that learns prompts too (`orpo` with `nll_over: all`) does not make the others learn
+them. `kto` has a second one, without gradient, for its mismatched answers. There is one reference, so parts that need
+one must name the same. The default learning rate is the lowest of the parts', and dropout is off if one part wants it
+off.
 
 When not to use it: to mend a loss that fails by itself; a weight is one more number to search.
 """
@@ -28,8 +29,8 @@ from luthier.data.encode import Encoded
 from luthier.data.views import WORDS
 from luthier.methods import build
 from luthier.objectives.base import Loss, Needs, Objective
-from luthier.objectives.batch import Batch, part
-from luthier.objectives.logprobs import TokenLogprobs, token_logprobs
+from luthier.objectives.batch import Batch, labelled, narrow, part
+from luthier.objectives.logprobs import token_logprobs
 
 
 class Part(BaseModel):
@@ -91,9 +92,7 @@ class Weighted(Objective):
         return Needs(
             learns_from=tuple(k for k in first.learns_from if all(k in n.learns_from for n in others)),
             reference=next((n.reference for n in each.values() if n.reference), None),
-            referenced=tuple(
-                dict.fromkeys(self._prefix(name, p) + of for name, p in self._named() for of in each[name].referenced)
-            ),
+            referenced=tuple(dict.fromkeys(prefix for n in each.values() for prefix in n.referenced)),
             prompts_at_a_time=max(n.prompts_at_a_time for n in each.values()),
             learning_rate_scale=min(n.learning_rate_scale for n in each.values()),
             without_dropout=any(n.without_dropout for n in each.values()),
@@ -101,27 +100,27 @@ class Weighted(Objective):
 
     def arrange(self, rows: Sequence[Encoded], longest: int | None = None) -> dict[str, list[Encoded]]:
         arranged = {"": list(rows)}
-        for name, p in self._named():
+        for p in self.parts:
             own = p.objective.arrange(rows, longest)
-            arranged |= {self._prefix(name, p) + prefix: sequences for prefix, sequences in own.items()}
+            if "answer_" in arranged:
+                own.pop("")  # labels that were widened stay wide
+            arranged |= own
         return arranged
 
     def units(self, batch: Batch) -> dict[str, float]:
-        counted = {name: p.objective.units(self._own(batch, name, p)) for name, p in self._named()}
+        counted = {name: p.objective.units(self._own(batch, p)) for name, p in self._named()}
         return {f"{name}/{unit}": count for name, units in counted.items() for unit, count in units.items()}
 
     def loss(self, model: nn.Module, batch: Batch, credit: Tensor | None = None) -> Loss:
-        shared: TokenLogprobs | None = None
         sums: dict[str, Tensor] = {}
         units: dict[str, float] = {}
         metrics: dict[str, tuple[float, float]] = {}
-        for name, p in self._named():
-            ready = p.objective.prepare(model, self._own(batch, name, p))
-            if p.objective.own_labels:
-                scored = token_logprobs(model, part(ready, ""))
-            else:
-                scored = shared = shared or token_logprobs(model, part(ready, ""))
-            loss = p.objective.judge(scored, ready, credit)
+        prepared = [p.objective.prepare(model, self._own(batch, p)) for p in self.parts]
+        wide = answers = token_logprobs(model, part(batch, ""))
+        if "answer_labels" in batch:
+            answers = wide[labelled(batch["answer_labels"])[labelled(batch["labels"])]]
+        for (name, p), ready in zip(self._named(), prepared, strict=True):
+            loss = p.objective.judge(wide if "answer_labels" in ready else answers, ready, credit)
             for unit, total in loss.sums.items():
                 sums[f"{name}/{unit}"], units[f"{name}/{unit}"] = p.weight * total, loss.units[unit]
                 metrics[f"{name}/{unit}_loss"] = (float(total.detach()), loss.units[unit])
@@ -136,17 +135,9 @@ class Weighted(Objective):
             seen[name] = seen.get(name, 0) + 1
             yield (name if seen[name] == 1 else f"{name}.{seen[name]}"), p
 
-    def _prefix(self, name: str, p: Part) -> str:
-        """What stands before the names of a part's tensors if it cannot share those of the others."""
-        return f"{name}." if p.objective.own_labels else ""
-
-    def _own(self, batch: Batch, name: str, p: Part) -> Batch:
-        """The batch as a part would have it by itself."""
-        prefix = self._prefix(name, p)
-        if not prefix:
-            return batch
-        marks = {mark: batch[mark] for mark in ("chosen", "desirable") if mark in batch}
-        return marks | {key.removeprefix(prefix): tensor for key, tensor in batch.items() if key.startswith(prefix)}
+    def _own(self, batch: Batch, p: Part) -> Batch:
+        """The batch as a part would have it by itself: with wide labels only if it widens them."""
+        return batch if p.objective.widens_labels else narrow(batch)
 
 
 _PARTS = TypeAdapter(tuple[Part, ...])

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from luthier.data.views import PairedExamples
 from luthier.errors import InputError
 from luthier.objectives.base import ReferenceFrom
-from luthier.objectives.batch import Batch, part
+from luthier.objectives.batch import Batch, narrow, part
 from luthier.objectives.preference import answer_logprobs
 from luthier.tune.base import Tuned
 
@@ -84,7 +84,8 @@ class Reference:
     def complete(self, model: nn.Module, batch: dict[str, Tensor], prefixes: tuple[str, ...]) -> dict[str, Tensor]:
         """`batch` with `<prefix>reference_logprobs` (sequences,) for each prefix that it lacks."""
         missing = [prefix for prefix in prefixes if f"{prefix}reference_logprobs" not in batch]
-        return batch | {f"{p}reference_logprobs": self.logprobs(model, part(batch, p)) for p in missing}
+        answers = narrow(batch)
+        return batch | {f"{p}reference_logprobs": self.logprobs(model, part(answers, p)) for p in missing}
 
 
 def cache(pairs: PairedExamples, weights: str, path: Path | None, score: Callable[[], np.ndarray], main: bool) -> None:
