@@ -309,5 +309,8 @@ def test_without_a_source_the_rows_are_the_runs_test_split(tmp_path, context, ro
     pytest.importorskip("luthier.data.rows")
     path = write(tmp_path / "test.jsonl", rows)
     assert Generation(name="g").rows(replace(context, test_rows=path)) == rows
+    judged = [{**rows[2], "id": f"{n:016x}", "desirable": n % 2 == 0} for n in range(6)]
+    path = write(tmp_path / "judged.jsonl", judged)
+    assert Perplexity(name="p").rows(replace(context, test_rows=path)) == judged[::2]
     with pytest.raises(InputError, match="no source and the run has no test split"):
         Generation(name="g").rows(context)

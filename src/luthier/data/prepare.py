@@ -14,6 +14,7 @@ What is noticed, as findings:
     data.contamination    error  more than 0.1% of the training rows contain evaluation text, and are kept;
                           warn   they were taken out (`decontaminate`), or are fewer
     data.empty_answer     error  rows with an empty text or answer
+    data.empty_judged_answer  warn  the same in rows of pairs or of judged answers, which are left out
     data.duplicates       info   copies among the training rows (warn: more than a tenth, or they are kept)
     data.near_duplicates  info   nearly equal rows (warn: a hundredth of the training rows is near a held-out row, kept)
     data.group_overlap    warn   groups of a given validation or test file are in the training rows too
@@ -318,7 +319,7 @@ def _card(
         "characters": {name: _percentiles(ledger.characters[mask]) for name, mask in masks.items() if mask.any()},
         "removed": compared.counts(split == TRAIN),
         "private": dict(sorted(ledger.private.items())),
-        "empty": ledger.empty_rows,
+        "empty": ledger.empty_rows + ledger.empty_judged_rows,
     }
     if settings.sample is not None:
         card["sample"] = settings.sample

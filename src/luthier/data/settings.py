@@ -28,11 +28,11 @@ from pydantic import (
 
 from luthier.errors import did_you_mean
 
-Form = Literal["auto", "text", "completion", "messages", "preference", "alpaca", "sharegpt"]
+Form = Literal["auto", "text", "completion", "messages", "preference", "unpaired", "alpaca", "sharegpt"]
 
 # The columns that `columns` may rename; the keys of all forms together.
 CANONICAL_COLUMNS = (
-    *("text", "prompt", "completion", "messages", "tools", "system", "chosen", "rejected"),
+    *("text", "prompt", "completion", "messages", "tools", "system", "chosen", "rejected", "label"),
     *("instruction", "input", "output", "history", "conversations"),
 )
 

@@ -3,13 +3,13 @@
     name: support-bot
     data:     {source: chats.jsonl}
     model:    {base: path/to/model}
-    tune:     {method: lora, rank: 16, objective: {method: sft}, train: {learning_rate: 2.0e-4}}
+    tune:     {method: lora, rank: 16, objective: {method: sft}, train: {learning_rate: 2.0e-4}}   # or a list
     evaluate: {tasks: [...], gates: {min_gain: 0.0, max_forgetting: 2.0}}
 
-`tune` is one phase or a list of phases. With a section `study` the recipe is run once for every cell of a grid
-(`luthier.pipeline.grid`), and each cell is checked here as a recipe of its own. Relative paths are taken from the
-folder in which the command runs. A key that nobody knows is an error with the nearest known one; the file, the line and
-the dotted key are always named.
+`tune` is one phase or a list of phases, `objective` one objective or a weighted list of them. With a section `study`
+the recipe is run once for every cell of a grid (`luthier.pipeline.grid`), and each cell is checked here as a recipe of
+its own. Relative paths are taken from the folder in which the command runs. A key that nobody knows is an error with
+the nearest known one; the file, the line and the dotted key are always named.
 """
 
 from __future__ import annotations
@@ -20,15 +20,25 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from luthier.data.settings import DataSettings
 from luthier.errors import InputError, did_you_mean
 from luthier.evaluate.settings import EvaluateSettings
-from luthier.methods import build, field, find, table
+from luthier.methods import Method, build, field, find, table
 from luthier.models.settings import ModelSettings
 from luthier.pipeline.grid import Cell, StudySettings, grid
 from luthier.pipeline.recipe_text import Lines, Place, override, parse, plain, read_text
@@ -72,11 +82,19 @@ class MonitorSettings(Section):
         return self
 
 
+def _objective(value: Any) -> Any:
+    from luthier.objectives import objective_of  # with torch, which a recipe without an error needs anyway
+
+    return objective_of(value)
+
+
 class Phase(Section):
     """One phase of tuning; in YAML one flat mapping: the tuning's own keys beside `objective` and `train`."""
 
     tuning: field("tune")  # type: ignore[valid-type]
-    objective: field("objectives") = Field(default_factory=lambda: build("objectives", "sft"))  # type: ignore[valid-type]
+    objective: Annotated[SerializeAsAny[Method], BeforeValidator(_objective)] = Field(
+        default_factory=lambda: build("objectives", "sft")
+    )
     train: TrainSettings = TrainSettings()
 
     @model_validator(mode="before")
@@ -181,17 +199,24 @@ def json_schema() -> dict[str, Any]:
     schema = Recipe.model_json_schema(by_alias=True)
     definitions = schema.setdefault("$defs", {})
     refs: dict[str, list[dict[str, Any]]] = {}
+    parts: list[dict[str, Any]] = [{"type": "string", "enum": sorted(table("objectives"))}]  # of a weighted list
     for room in ("objectives", "tune", "evaluate"):
         refs[room] = [{"type": "string", "enum": sorted(table(room))}]  # a bare name is a method with its defaults
         for name in table(room):
             own = find(room, name).model_json_schema(by_alias=True)
             definitions.update(own.pop("$defs", {}))
             if room == "tune":
-                own["properties"] |= {"objective": {"anyOf": refs["objectives"]}}
+                listed = {"type": "array", "items": {"anyOf": parts}, "minItems": 1}
+                own["properties"] |= {"objective": {"anyOf": [*refs["objectives"], listed]}}
                 own["properties"] |= {"train": {"$ref": "#/$defs/TrainSettings"}}
+            if room == "objectives":
+                weight = {"weight": {"type": "number", "minimum": 0, "default": 1.0}}
+                definitions[f"{room}.{name}.weighted"] = {**own, "properties": own["properties"] | weight}
+                parts.append({"$ref": f"#/$defs/{room}.{name}.weighted"})
             definitions[f"{room}.{name}"] = own
             refs[room].append({"$ref": f"#/$defs/{room}.{name}"})
-    definitions.pop("Phase", None)
+    for name in ("Phase", "Method"):  # known by their parts above
+        definitions.pop(name, None)
     phase = {"anyOf": refs["tune"]}
     schema["properties"]["tune"] = {"anyOf": [phase, {"type": "array", "items": phase, "minItems": 1}]}
     definitions["EvaluateSettings"]["properties"]["tasks"]["items"] = {"anyOf": refs["evaluate"]}
@@ -252,6 +277,7 @@ def _method_keys(path: Sequence[str | int], value: Any) -> list[str]:
     if room is None or not isinstance(value, Mapping) or value.get("method") not in table(room):
         return []
     extra = ["objective", "train"] if room == "tune" else []
+    extra += ["weight"] if room == "objectives" and isinstance(path[-1], int) else []
     return [*find(room, value["method"]).model_fields, *extra]
 
 

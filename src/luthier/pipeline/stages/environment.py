@@ -17,7 +17,7 @@ from luthier.models import count, estimate
 from luthier.pipeline.recipe import Recipe, dump_recipe
 from luthier.pipeline.stage import Context, Outcome, Stage, write_json, write_text
 from luthier.pipeline.stages.model import load_base
-from luthier.pipeline.stages.tune import make_loop
+from luthier.pipeline.stages.tune import REHEARSED, make_loop
 
 PACKAGES = ("luthier", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy")
 REPEAT_BELOW = 4.0  # seconds: a dry run that is longer than this is not repeated to see whether it is deterministic
@@ -60,7 +60,7 @@ class EnvironmentStage(Stage):
         began = time.perf_counter()
         losses = []
         try:
-            for _, record in zip(range(2), loop.steps(), strict=False):
+            for _, record in zip(range(REHEARSED), loop.steps(), strict=False):
                 losses.append(record.loss)
         except GateError as error:
             findings.append(Finding(level="error", code="environment.not_finite", message=str(error)))
@@ -75,7 +75,7 @@ class EnvironmentStage(Stage):
         facts["seconds_per_step"] = seconds / max(1, len(losses))
         if context.ranks.agree(seconds) < REPEAT_BELOW:
             again = make_loop(context, load_base(context), context.recipe.tune[0], directory=None)
-            same = [record.loss for _, record in zip(range(2), again.steps(), strict=False)] == losses
+            same = [record.loss for _, record in zip(range(REHEARSED), again.steps(), strict=False)] == losses
             facts["deterministic"] = same
             if not same:
                 text = "the same two steps gave another loss: runs on this machine will not repeat to the last bit"

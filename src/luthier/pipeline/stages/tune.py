@@ -18,8 +18,8 @@ from typing import Any
 import torch
 import xxhash
 
-from luthier.data.pairs import PairedExamples
 from luthier.data.store import Encodings
+from luthier.data.views import PairedExamples
 from luthier.errors import GateError, InputError
 from luthier.findings import Finding
 from luthier.models import Loaded
@@ -36,6 +36,7 @@ from luthier.tune import Probe, Tuned
 from luthier.tune.base import share_that_moves
 
 KEY = "key.json"  # of a phase, beside its metrics and checkpoints
+REHEARSED = 2  # steps of a dry run
 
 
 class TuneStage(Stage):
@@ -60,11 +61,7 @@ class TuneStage(Stage):
             loop = make_loop(context, loaded, phase, directory=directory / f"phase-{number}", phase_number=number)
             assert loop.directory is not None
             loop.directory.mkdir(parents=True, exist_ok=True)
-            if isinstance(loop.train, PairedExamples) and loop.train.identical:
-                text = f"{loop.train.identical} pairs were left out because both answers are the same"
-                findings.append(
-                    Finding(level="warn", code="tune.identical_pairs", message=text, value=loop.train.identical)
-                )
+            findings += _left_out(loop)
             moving, whole = share_that_moves(loop.tuned)
             frozen = _fingerprint(loop.tuned.frozen().values())
             began = time.perf_counter()
@@ -176,6 +173,7 @@ def make_loop(context: Context, loaded: Loaded, phase: Phase, *, directory: Path
         packing=bool(context.facts("model").get("packing", False)),
         device=recipe.environment.device,
         trackers=recipe.environment.trackers if directory else (),
+        rehearse=None if directory else REHEARSED,
     )
     if len(recipe.tune) > 1 and is_sharded(tuned.model.parameters()):
         raise InputError(
@@ -222,6 +220,18 @@ def _judge(history: list[dict[str, Any]], number: int) -> list[Finding]:
         text = "the validation loss rose three times in a row: fewer epochs, or load_best_model_at_end: true"
         findings.append(Finding(level="warn", code="tune.overfit", message=text, value=checks[-1], limit=min(checks)))
     return findings
+
+
+def _left_out(loop: Loop) -> list[Finding]:
+    """What the objective does not learn from although it stands in the training rows."""
+    count = loop.train.left_out
+    if not count:
+        return []
+    if isinstance(loop.train, PairedExamples):
+        text = f"{count} pairs were left out because both answers are the same"
+        return [Finding(level="warn", code="tune.identical_pairs", message=text, value=count)]
+    text = f"{loop.objective.method} imitates good answers only; {count} rejected or undesirable ones were left out"
+    return [Finding(level="warn", code="tune.not_imitated", message=text, value=count)]
 
 
 def _fingerprint(parameters: Iterable[torch.Tensor]) -> str:
