@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from luthier.errors import InputError
-from luthier.train import EarlyDynamics, rank_runs, stop_dominated
-from luthier.train.early_dynamics import Moment
+from luthier.train import EarlyDynamics, Span, TrainSettings, rank_runs, stop_dominated
+from luthier.train.early_dynamics import Moment, decision_samples
 from luthier.train.records import StepRecord
 
 
@@ -125,7 +125,7 @@ KEYS = ("grad_norm", "loss")
 
 
 def test_what_cannot_be_ranked_is_refused():
-    with pytest.raises(InputError, match="run a.*cannot be ranked"):
+    with pytest.raises(InputError, match=r"run a.*cannot be ranked"):
         rank_runs({"a": flat(float("nan"), 1)}, samples=32)
     with pytest.raises(InputError, match="negative"):
         rank_runs({"a": flat(1, -1)}, samples=32)
@@ -147,3 +147,32 @@ def test_what_nothing_dominates_goes_on_wherever_it_stands():
     assert stop_dominated(["a", "b"], {}, keep=1) == []
     with pytest.raises(InputError, match="keep"):
         stop_dominated(["a"], {}, keep=0)
+
+
+# -- where the runs are compared
+
+
+@pytest.mark.parametrize(
+    ("rows", "batches", "epochs", "fraction", "least", "at"),
+    [
+        (4000, (16, 128, 512), 6, 0.05, 20, 10_048),  # 2 epochs and 4 steps of 512: 20 steps
+        (1000, (10, 100), 1, 0.05, 1, 100),
+        (1000, (10, 100), 1, 0.25, 1, 300),
+        (1000, (10, 100), 1, 0.05, 5, 500),
+        (1000, (30, 70), 4, 0.05, 1, 210),  # the first common multiple
+        (1000, (37, 101), 4, 0.05, 1, 1000),  # nothing in common before the end of an epoch
+        (1000, (37, 101), 1, 0.05, 1, None),  # and that is the end
+        (1000, (10, 100), 1, 0.05, 10, None),
+        (1000, (100,), 1, 0.05, 2, 200),
+    ],
+)
+def test_the_decision_point(rows, batches, epochs, fraction, least, at):
+    settings = [TrainSettings(effective_batch_size=size, num_train_epochs=epochs) for size in batches]
+    spans = [Span.of(each, rows) for each in settings]
+    assert decision_samples(spans, fraction=fraction, min_steps=least) == at
+    common = set.intersection(*({span.samples(step) for step in range(least, span.total)} for span in spans))
+    assert at == min((seen for seen in common if seen >= fraction * rows * epochs), default=None)
+
+
+def test_no_runs_have_no_decision_point():
+    assert decision_samples([]) is None

@@ -84,8 +84,11 @@ def test_samples_are_those_of_the_plan(rows, batch):
         for epoch in range(3)
         for step in plan_epoch([4] * rows, seed=0, epoch=epoch, rows_per_step=batch, tokens_per_batch=64)
     ]
-    assert [seen for _, seen in span.boundaries()] == np.cumsum(sizes).tolist()
+    ends = np.cumsum(sizes).tolist()
+    assert [span.samples(step) for step in range(1, span.total + 1)] == ends
     assert span.total == len(sizes) and span.samples(0) == 0
+    inverse = {samples: step for step, samples in enumerate(ends, 1)}
+    assert all(span.step(samples) == inverse.get(samples) for samples in range(rows * 4 + 1))
 
 
 def test_one_interval_for_checkpoints():

@@ -6,11 +6,11 @@ one gradient.
 (B) direction. A tiny decoder (2 blocks, width 64) is pre-trained on six arithmetic skills: four of them until it knows
 them, two (`sort`, `swap`) with 40 rows each, so that there is something left to learn. It is then tuned on 4,000 rows
 of those two, 15% of them with the answer of another row, on the grid batch {16, 128, 512} x rate {1e-4, 3e-4, 1e-3,
-3e-3}, all runs on equally many samples, rate constant, no warm-up. The score of a run is the share of clean held-out questions answered right, over
-the two skills plus over the four others, in points (0 to 200). Early is the recipe's own window: 5% of the samples,
-at least 20 steps of the largest batch, cut where all runs end a step. Then, at batch 512 with its best rate: warm-up
-over a tenth of the steps, cosine decay, and phases (`sort` first, then `swap` with a quarter of the `sort` rows
-replayed, each phase handing on its best checkpoint by validation loss).
+3e-3}, all runs on equally many samples, rate constant, no warm-up. The score of a run is the share of clean held-out
+questions answered right, over the two skills plus over the four others, in points (0 to 200). Early is the recipe's own
+window: 5% of the samples, at least 20 steps of the largest batch, cut where all runs end a step. Then, at batch 512
+with its best rate: warm-up over a tenth of the steps, cosine decay, and phases (`sort` first, then `swap` with a
+quarter of the `sort` rows replayed, each phase handing on its best checkpoint by validation loss).
 
 (C) exact. `rank_runs` gives the documented order on histories written by hand.
 
@@ -41,7 +41,7 @@ from luthier.objectives import Sft
 from luthier.objectives.base import IGNORED
 from luthier.proofs.base import Claim, Measurements, Proof, mean
 from luthier.train import EarlyDynamics, Loop, Span, TrainSettings, rank_runs, stop_dominated
-from luthier.train.early_dynamics import Moment
+from luthier.train.early_dynamics import Moment, decision_samples
 from luthier.tune import Probe
 from luthier.worlds import arithmetic
 
@@ -168,7 +168,9 @@ def prove(seed: int) -> Measurements:
             new, old = score(model.eval())
             scores[name] = new + old
             found |= {f"tuned_skills/{name}": new, f"kept_skills/{name}": old, f"score/{name}": new + old}
-    at = decision(len(both))
+    spans = [Span.of(_settings(batch, RATES[0]), len(both)) for batch in BATCHES]
+    at = decision_samples(spans, fraction=0.05, min_steps=20)
+    assert at is not None  # 20 steps of 512 rows are fewer than six epochs of 4,000
     for name, history in histories.items():
         found[f"early_norm/{name}"], found[f"early_loss/{name}"] = history.medians(at)
     found["samples_equal"] = float(len({history.moments[-1].samples for history in histories.values()}) == 1)
@@ -205,14 +207,6 @@ def _simplifications(base: Any, rows: Any, both: Rows, seed: int, found: Measure
         with TemporaryDirectory() as folder:
             _loop(model, settings, Rows(part), seed, validation=Rows(unseen), directory=Path(folder)).run()
     return made | {"simplified/phased": sum(score(model.eval()))}
-
-
-def decision(rows: int) -> int:
-    """The recipe's window: 5% of the samples, at least 20 steps of every run, at the first step end of all."""
-    spans = [Span.of(_settings(batch, RATES[0]), rows) for batch in BATCHES]
-    least = max(0.05 * spans[0].samples(spans[0].total), *(span.samples(20) for span in spans))
-    common = set.intersection(*({seen for _, seen in span.boundaries()} for span in spans))
-    return min(seen for seen in common if seen >= least)
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:

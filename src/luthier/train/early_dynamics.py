@@ -29,6 +29,7 @@ from typing import Any
 
 from luthier.errors import InputError
 from luthier.train.records import StepRecord
+from luthier.train.span import Span
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,27 @@ class EarlyDynamics:
         if min(values) < 0:
             raise InputError(f"a loss of {values[1]:g} is negative; the rule compares ratios of losses above 0")
         return values
+
+
+def decision_samples(spans: Sequence[Span], *, fraction: float = 0.05, min_steps: int = 20) -> int | None:
+    """Where runs of these lengths are compared: the fewest samples at which a step of every run ends, at least
+    `fraction` of what each of them will see and at least `min_steps` steps of each.
+
+    None if that is not before the end of the shortest run, and for no runs. All spans are of the same rows, so the
+    ends of epochs are common to all.
+    """
+    if not spans:
+        return None
+    end = min(span.samples(span.total) for span in spans)
+    least = max(max(fraction * span.samples(span.total), span.samples(min_steps)) for span in spans)
+    coarse = max(spans, key=lambda span: span.rows_per_step)
+    for step in range(1, coarse.total + 1):
+        samples = coarse.samples(step)
+        if samples >= end:
+            return None
+        if samples >= least and all(span.step(samples) for span in spans):
+            return samples
+    return None
 
 
 def rank_runs(

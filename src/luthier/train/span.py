@@ -12,7 +12,6 @@ the plan, a search over batch sizes) asks here, so that all of them say the same
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from luthier.train.settings import TrainSettings
@@ -51,6 +50,8 @@ class Span:
         epochs, inside = divmod(steps, self.steps_per_epoch)
         return epochs * self.rows + min(self.rows, inside * self.rows_per_step)
 
-    def boundaries(self) -> Iterator[tuple[int, int]]:
-        """(steps, rows seen) after each step, in order."""
-        return ((step, self.samples(step)) for step in range(1, self.total + 1))
+    def step(self, samples: int) -> int | None:
+        """The step of this training that ends at exactly so many samples; None if there is none."""
+        epochs, inside = divmod(samples, self.rows)
+        step = epochs * self.steps_per_epoch + inside // self.rows_per_step
+        return step if inside % self.rows_per_step == 0 and 1 <= step <= self.total else None
