@@ -35,6 +35,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from luthier.data.collate import pad_batch
+from luthier.data.encode import Encoded
 from luthier.methods import build
 from luthier.models.topology import Topology
 from luthier.objectives import Sft
@@ -62,7 +63,7 @@ class Rows:
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
+    def __getitem__(self, index: int) -> Encoded:
         question, answer = self.pairs[index]
         return {"input_ids": question + answer, "labels": [IGNORED] * len(question) + answer}
 
@@ -193,7 +194,10 @@ def _simplifications(base: Any, rows: Any, both: Rows, seed: int, found: Measure
     rate = max(RATES, key=lambda rate: found[f"score/{batch}x{rate:g}"])
     steps = Span.of(_settings(batch, rate), len(both)).total
     made = {"simplified/plain": found[f"score/{batch}x{rate:g}"]}
-    arms = {"warmup": {"warmup_steps": round(steps / 10)}, "cosine": {"lr_scheduler_type": "cosine"}}
+    arms: dict[str, dict[str, Any]] = {
+        "warmup": {"warmup_steps": round(steps / 10)},
+        "cosine": {"lr_scheduler_type": "cosine"},
+    }
     for arm, more in arms.items():
         model = copy.deepcopy(base)
         _loop(model, _settings(batch, rate, **more), both, seed).run()
