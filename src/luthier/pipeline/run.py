@@ -32,6 +32,7 @@ from luthier.pipeline.stage import (
     code_version,
     digest,
     file_digest,
+    link_files,
     now,
     read_manifest,
     write_json,
@@ -260,16 +261,9 @@ def _equal_stage(context: Context, name: str, key: tuple[str, str, str]) -> Path
 
 def _link(source: Path, target: Path) -> None:
     """Copy a stage's folder, by hard links where the file system allows, leaving checkpoints behind."""
-
-    def copy(a: str, b: str) -> None:
-        try:
-            os.link(a, b)
-        except OSError:
-            shutil.copy2(a, b)
-
     aside = target.with_name(f".{target.name}.linking")
     shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(source, aside, copy_function=copy, ignore=shutil.ignore_patterns("checkpoints", "manifest.json"))
+    link_files(source, aside, leave=("checkpoints", "manifest.json"))
     shutil.rmtree(target, ignore_errors=True)
     os.replace(aside, target)
 

@@ -65,7 +65,8 @@ class TrainSettings(BaseModel):
 
     @model_validator(mode="after")
     def _one_warmup(self) -> TrainSettings:
-        if self.warmup_steps is not None and "warmup_ratio" in self.model_fields_set:
+        # Not whether the key was written: a recipe with all its defaults written out must load again.
+        if self.warmup_steps is not None and self.warmup_ratio != type(self).model_fields["warmup_ratio"].default:
             raise ValueError("give warmup_steps or warmup_ratio, not both")
         return self
 
