@@ -98,6 +98,18 @@ def test_one_interval_for_checkpoints():
     assert Span.of(TrainSettings(save_strategy="epoch", effective_batch_size=16), 64).save_every == 4
 
 
+def test_a_warm_up_that_would_do_nothing_is_refused():
+    with pytest.raises(ValueError, match="constant_with_warmup"):
+        TrainSettings(lr_scheduler_type="constant", warmup_steps=5)
+    rates = [r.learning_rate for r in loop(lr_scheduler_type="constant_with_warmup", warmup_steps=5).run()]
+    assert rates[:6] == pytest.approx([0.0, 2e-4, 4e-4, 6e-4, 8e-4, 1e-3]) and set(rates[5:]) == {1e-3}
+
+
+def test_a_bare_no_of_yaml_is_a_word_and_written_defaults_load_again():
+    made = TrainSettings(mixed_precision=False, warmup_steps=0, lr_scheduler_type="constant")
+    assert made.mixed_precision == "no" and TrainSettings(**made.model_dump(mode="json")) == made
+
+
 # -- the loop
 
 

@@ -24,7 +24,8 @@ class TrainSettings(BaseModel):
             so many steps; null leaves it at what was asked for, or at all rows where there are fewer.
         max_tokens_per_device: tokens per micro-batch with padding; a single longer row is a batch of its own. Bounds
             memory and has no influence on the outcome.
-        warmup_ratio, warmup_steps: the rise to the peak; `warmup_steps`, if given, decides.
+        warmup_ratio, warmup_steps: the rise to the peak; `warmup_steps`, if given, decides. `constant` has no rise;
+            `constant_with_warmup` has.
         group_by_length: let rows of like length share a step (less padding).
         logging_steps: every how many steps a line goes to `metrics.jsonl`.
         eval_steps, save_steps: every how many steps the validation loss is taken and a checkpoint written; null is
@@ -73,6 +74,8 @@ class TrainSettings(BaseModel):
         # Not whether the key was written: a recipe with all its defaults written out must load again.
         if self.warmup_steps is not None and self.warmup_ratio != type(self).model_fields["warmup_ratio"].default:
             raise ValueError("give warmup_steps or warmup_ratio, not both")
+        if self.warmup_steps and self.lr_scheduler_type == "constant":
+            raise ValueError("lr_scheduler_type constant has no warm-up; write constant_with_warmup")
         return self
 
     @model_validator(mode="after")
