@@ -17,7 +17,7 @@ from luthier.data.rows import Rows
 from luthier.data.store import encode_split
 from luthier.models import count, estimate, load_tokenizer, skeleton, verify
 from luthier.models.topology import Topology
-from luthier.pipeline.grid import Grid, batch_capped
+from luthier.pipeline.search_grid import Grid, batch_capped
 from luthier.pipeline.recipe import Recipe, load_recipe
 from luthier.train.span import Span
 

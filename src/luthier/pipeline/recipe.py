@@ -28,7 +28,7 @@ from luthier.errors import InputError, did_you_mean
 from luthier.evaluate.settings import EvaluateSettings
 from luthier.methods import build, field, find, table
 from luthier.models.settings import ModelSettings
-from luthier.pipeline.grid import SearchSettings
+from luthier.pipeline.search_grid import SearchSettings
 from luthier.pipeline.recipe_text import Lines, Place, override, parse, plain, read_text
 from luthier.train.settings import TrainSettings
 

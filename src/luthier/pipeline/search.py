@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from luthier.errors import GateError, InputError
 from luthier.findings import Finding
 from luthier.models.files import write_aside
-from luthier.pipeline.grid import Candidate, Grid
+from luthier.pipeline.search_grid import Candidate, Grid
 from luthier.pipeline.stage import Context, link_files, write_json, write_text
 from luthier.train.checkpoints import Checkpoints
 from luthier.train.early_dynamics import EarlyDynamics, rank_runs, stop_dominated

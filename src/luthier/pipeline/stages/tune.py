@@ -25,7 +25,7 @@ from luthier.models import Loaded
 from luthier.models.files import write_aside
 from luthier.models.shards import gathered, is_sharded, part_here
 from luthier.models.topology import Topology
-from luthier.pipeline.grid import Grid, batch_capped
+from luthier.pipeline.search_grid import Grid, batch_capped
 from luthier.pipeline.progress import training_progress
 from luthier.pipeline.recipe import Phase, Recipe
 from luthier.pipeline.search import Found, Search

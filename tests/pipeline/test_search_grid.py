@@ -5,7 +5,7 @@ from typer.testing import CliRunner
 
 from luthier.cli import app
 from luthier.errors import InputError
-from luthier.pipeline.grid import Grid, SearchSettings
+from luthier.pipeline.search_grid import Grid, SearchSettings
 from luthier.pipeline.plan import plan
 from luthier.pipeline.recipe import json_schema, load_recipe
 
