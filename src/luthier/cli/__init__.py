@@ -134,10 +134,23 @@ def plan(recipe: str, overrides: Overrides = None, as_json: AsJson = False) -> N
             f"  tune      {phase['method']}, {phase['steps']:,} steps, {phase['tokens']:,} tokens, "
             f"{phase['trainable_parameters']:,} parameters move, about {memory:.1f} GiB"
         )
+    if found["search"]:
+        _search_table(found["search"])
     for task in found["evaluate"]:
         print(f"  evaluate  {task['name']} ({task['method']}, {task['role']})")
     for finding in found["findings"]:
         print(f"  {finding['level']:<9} {finding['code']}: {finding['message']}")
+
+
+def _search_table(search: dict[str, Any]) -> None:
+    """The grid of a search and what it costs, for people."""
+    cost, at = search["samples_of_all"], search["decision_samples"]
+    when = f"compared after {at:,}" if at else "none is stopped early"
+    print(f"  search    {len(search['candidates'])} candidates of {search['samples']:,} samples each, {when};")
+    print(f"            {cost['least']:,} to {cost['most']:,} samples in all")
+    for one in search["candidates"]:
+        rate, batch = one["learning_rate"], one["effective_batch_size"]
+        print(f"            rate {rate:g}, batch {batch:,}: {one['steps']:,} steps")
 
 
 @app.command(epilog="Examples: luthier methods --room merge | luthier methods lora")

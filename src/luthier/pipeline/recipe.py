@@ -42,6 +42,7 @@ from luthier.methods import Method, build, field, find, table
 from luthier.models.settings import ModelSettings
 from luthier.pipeline.grid import Cell, StudySettings, grid
 from luthier.pipeline.recipe_text import Lines, Place, override, parse, plain, read_text
+from luthier.pipeline.search_grid import SearchSettings
 from luthier.train.settings import TrainSettings
 
 
@@ -50,12 +51,14 @@ class Section(BaseModel):
 
 
 class EnvironmentSettings(Section):
-    """Seed, device, threads of a run, and the trackers (through accelerate) that are told of each step."""
+    """Seed, device, threads of a run, the trackers (through accelerate) that are told of each step, and a search over
+    learning rates and batch sizes."""
 
     seed: int = Field(default=0, ge=0, le=2**31 - 1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(default=None, ge=1)
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    search: SearchSettings | None = None
 
 
 class DeploySettings(Section):
@@ -131,6 +134,12 @@ class Recipe(Section):
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return [value] if isinstance(value, Mapping | str) else value
+
+    @model_validator(mode="after")
+    def _search_suits_tune(self) -> Recipe:
+        if self.environment.search:
+            self.environment.search.suits(self.tune)
+        return self
 
 
 def packaged() -> dict[str, str]:

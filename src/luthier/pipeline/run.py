@@ -34,6 +34,7 @@ from luthier.pipeline.stage import (
     code_version,
     digest,
     file_digest,
+    link_files,
     now,
     read_manifest,
     write_json,
@@ -293,23 +294,10 @@ def earlier_runs(context: Context) -> Iterator[Path]:
 
 
 def link_folder(source: Path, target: Path, leave: Sequence[str] = ()) -> None:
-    """Copy a folder without what is named in `leave`, whole or not at all.
-
-    By hard links where the file system allows, except for the metrics, to which a resumed training adds.
-    """
-
-    def copy(a: str, b: str) -> None:
-        if Path(a).name == "metrics.jsonl":
-            shutil.copy2(a, b)
-            return
-        try:
-            os.link(a, b)
-        except OSError:
-            shutil.copy2(a, b)
-
+    """Copy a folder without what is named in `leave`, whole or not at all (see `link_files`)."""
     aside = target.with_name(f".{target.name}.linking")
     shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(source, aside, copy_function=copy, ignore=shutil.ignore_patterns(*leave))
+    link_files(source, aside, leave=leave)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(aside, target)
 

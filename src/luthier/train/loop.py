@@ -45,9 +45,8 @@ from luthier.train.records import StepRecord, append_record, cut_records
 from luthier.train.reference import Reference, cache, without_dropout
 from luthier.train.settings import TrainSettings
 from luthier.train.signals import StopSignals
+from luthier.train.span import Span
 from luthier.tune.base import Tuned
-
-SAVE_EVERY = 200  # optimiser steps, unless `save_steps` says otherwise
 
 
 class Interrupted(CrashError):
@@ -114,8 +113,8 @@ class Loop:
             base: Any = tuned.base_model
             base.gradient_checkpointing_enable({"use_reentrant": False})
             base.enable_input_require_grads()
-        self.steps_per_epoch = math.ceil(len(self.train) / settings.effective_batch_size)
-        self.total = settings.max_steps or max(1, math.ceil(settings.num_train_epochs * self.steps_per_epoch))
+        self.span = Span.of(settings, len(self.train))
+        self.steps_per_epoch, self.total = self.span.steps_per_epoch, self.span.total
         default_rate = tuned.settings.default_learning_rate * self.needs.learning_rate_scale
         self.learning_rate = settings.learning_rate or default_rate
         # Together, so that FSDP2 can exchange the optimiser's parameters for their shards.
@@ -139,14 +138,23 @@ class Loop:
 
     # Driving
 
-    def run(self, on_step: Callable[[StepRecord], None] | None = None) -> list[StepRecord]:
-        """All remaining steps, with clean leaving on SIGINT and SIGTERM; returns their records."""
+    def run(self, on_step: Callable[[StepRecord], None] | None = None, until: int | None = None) -> list[StepRecord]:
+        """All remaining steps, with clean leaving on SIGINT and SIGTERM; returns their records.
+
+        With `until`, only those up to that step: a checkpoint is left there, and another loop goes on from it.
+        """
         with self._signals:
-            records = []
+            records: list[StepRecord] = []
+            if until is not None and self.resume() >= until:
+                return records
             for record in self.steps():
                 records.append(record)
                 if on_step:
                     on_step(record)
+                if until is not None and record.step == until < self.total:
+                    if self.checkpoints and self.checkpoints.steps()[-1:] != [until]:
+                        self._save(self.checkpoints)
+                    break
             return records
 
     def steps(self) -> Iterator[StepRecord]:
@@ -286,7 +294,7 @@ class Loop:
             (self.train if items is None else items).lengths,
             seed=self.seed,
             epoch=epoch,
-            rows_per_step=self.settings.effective_batch_size,
+            rows_per_step=self.span.rows_per_step if items is None else self.settings.effective_batch_size,
             tokens_per_batch=self.settings.max_tokens_per_device,
             ranks=self.accelerator.num_processes,
             bucketing=self.settings.group_by_length,
@@ -346,7 +354,7 @@ class Loop:
             numbers = {"loss": record.loss, "learning_rate": record.learning_rate, "grad_norm": record.grad_norm}
             self.accelerator.log(numbers | record.metrics, step=record.step)
         leaving = self._over_devices([float(self._signals.came is not None)])[0] > 0
-        if self.checkpoints and (leaving or self._due(self.settings.save_steps or SAVE_EVERY) or self.stopped_early):
+        if self.checkpoints and (leaving or self._due(self.span.save_every) or self.stopped_early):
             self._save(self.checkpoints)
         if leaving and self.done < self.total:
             by = self._signals.came or "a signal to another process"

@@ -1,8 +1,12 @@
-"""Stage 4, tune: the phases one after the other, each from where the one before ended.
+"""Stage 4, tune: the phases one after the other, each from where the one before ended; before that a search over the
+learning rate and batch of the one phase, where the recipe asks for one.
 
 A phase that is followed by another leaves a key of all that decided it. Where another run of the same name, or another
 cell of a study, has finished the same first phases from the same model and rows, they are taken over with their last
 checkpoints: supervised tuning before six preference losses is done once.
+
+A search hands on the best candidate's settings and, as `phase-1`, its folder. The phase then finds itself finished
+and goes through the same judging and saving as any other.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ import torch
 import xxhash
 
 from luthier.data.store import Encodings
-from luthier.data.views import PairedExamples
+from luthier.data.views import PairedExamples, view
 from luthier.errors import GateError, InputError
 from luthier.findings import Finding
 from luthier.models import Loaded
@@ -29,6 +33,8 @@ from luthier.models.topology import Topology
 from luthier.pipeline.progress import training_progress
 from luthier.pipeline.recipe import Phase, Recipe
 from luthier.pipeline.run import earlier_runs, link_folder
+from luthier.pipeline.search import Found, Search
+from luthier.pipeline.search_grid import Grid, batch_capped
 from luthier.pipeline.stage import Context, Outcome, Stage, code_version, digest, write_json
 from luthier.pipeline.stages.model import load_base, pad_id
 from luthier.train import Loop
@@ -47,35 +53,47 @@ class TuneStage(Stage):
     together = True
 
     def settings(self, recipe: Recipe) -> Any:
-        return {"tune": [p.model_dump(mode="json") for p in recipe.tune], "seed": recipe.environment.seed}
+        search = recipe.environment.search
+        return {
+            "tune": [p.model_dump(mode="json") for p in recipe.tune],
+            "seed": recipe.environment.seed,
+            "search": search.model_dump(mode="json") if search else None,
+        }
 
     def run(self, context: Context, directory: Path) -> Outcome:
         recipe = context.recipe
-        loaded = load_base(context)
         findings: list[Finding] = []
         facts: dict[str, Any] = {"phases": []}
+        phases = recipe.tune
+        grid = search_grid(context)
         context.ranks.first(lambda: shutil.rmtree(directory / "tuned", ignore_errors=True))
         taken = context.ranks.first(lambda: _take_over(context, directory))
-        for number, phase in enumerate(recipe.tune, start=1):
+        if grid:
+            try:
+                found = _search(context, grid, directory)
+            except GateError as error:
+                findings += [*grid.findings(), Finding(level="error", code="tune.not_finite", message=str(error))]
+                return Outcome(findings, facts)
+            phases, facts["search"] = (found.best.phase,), found.facts
+            findings += found.findings
+        loaded = load_base(context)
+        for number, phase in enumerate(phases, start=1):
             last = number == len(recipe.tune)
             loop = make_loop(context, loaded, phase, directory=directory / f"phase-{number}", phase_number=number)
             assert loop.directory is not None
             loop.directory.mkdir(parents=True, exist_ok=True)
             findings += _left_out(loop)
+            if loop.span.rows_per_step < phase.train.effective_batch_size:
+                findings.append(batch_capped(phase.train.effective_batch_size, loop.span.rows_per_step, loop.span.rows))
             moving, whole = share_that_moves(loop.tuned)
-            frozen = _fingerprint(loop.tuned.frozen().values())
             began = time.perf_counter()
             try:
-                with training_progress(context.progress, loop, f"tune {number}/{len(recipe.tune)}") as on_step:
-                    loop.run(on_step)
+                findings += _trained(context, loop, f"tune {number}/{len(phases)}")
             except GateError as error:
                 findings.append(Finding(level="error", code="tune.not_finite", message=str(error)))
                 return Outcome(findings, facts)
             history = read_metrics(loop.directory / "metrics.jsonl")
             findings += _judge(history, number)
-            if context.ranks.agree(_fingerprint(loop.tuned.frozen().values()) != frozen):
-                text = "weights that should have stayed frozen have changed"
-                findings.append(Finding(level="error", code="tune.frozen_changed", message=text))
             if loop.stopped_early:
                 text = f"phase {number} stopped after {loop.done} of {loop.total} steps: the validation loss rose"
                 findings.append(Finding(level="info", code="tune.stopped_early", message=text, value=loop.done))
@@ -127,6 +145,44 @@ def _take_over(context: Context, directory: Path) -> int:
                 context.say(f"  {'phase 1' if number == 1 else f'phases 1 to {number}'}: as in {folder}")
                 return number
     return 0
+
+
+def _trained(context: Context, loop: Loop, title: str, until: int | None = None) -> list[Finding]:
+    """Run a loop, to step `until` or to its end, and see that what is frozen has stayed as it was."""
+    frozen = _fingerprint(loop.tuned.frozen().values())
+    with training_progress(context.progress, loop, title) as on_step:
+        loop.run(on_step, until)
+    if not context.ranks.agree(_fingerprint(loop.tuned.frozen().values()) != frozen):
+        return []
+    text = "weights that should have stayed frozen have changed"
+    return [Finding(level="error", code="tune.frozen_changed", message=text)]
+
+
+def _search(context: Context, grid: Grid, directory: Path) -> Found:
+    def make(phase: Phase, folder: Path) -> Loop:
+        return make_loop(context, load_base(context), phase, directory=folder)
+
+    def train(loop: Loop, title: str, until: int | None) -> list[Finding]:
+        return _trained(context, loop, title, until)
+
+    return Search(context, grid, directory, make, train).run()
+
+
+def search_grid(context: Context) -> Grid | None:
+    """The grid that the recipe asks for, if it does; `InputError` if there are no rows to search on or to choose by."""
+    recipe = context.recipe
+    if recipe.environment.search is None:
+        return None
+    if not len(Encodings(context.path("model") / "validation")):
+        raise InputError(
+            "a search chooses by the validation loss, and there are no validation rows",
+            where="environment.search",
+            fix="give data.split a share for validation, or name data.validation_source",
+        )
+    train: Any = Encodings(context.path("model") / "train")
+    (phase,) = recipe.tune
+    objective: Any = phase.objective
+    return Grid.of(recipe.environment.search, phase, len(view(train, objective.needs().learns_from, objective.method)))
 
 
 def _save(outcome: Any, directory: Path) -> str:
