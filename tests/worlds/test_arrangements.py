@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from luthier.data.pairs import PairedExamples
+from luthier.data.views import PairedExamples
 from luthier.errors import InputError
 from luthier.worlds.arrangements import END, SEPARATOR, SHOWN, SYMBOLS, VOCABULARY, Arrangements, reward, valid
 

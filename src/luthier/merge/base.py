@@ -19,7 +19,7 @@ models of another, without ever being written (see `sources.MergedSource`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -42,16 +42,19 @@ Reach = Literal["tile", "tensor", "model"]
 class Rows:
     """The same rows of one tensor in one model: `values` (rows, columns) float32, and their `delta` to the base."""
 
-    def __init__(self, values: Callable[[], Tensor], delta: Callable[[Tensor], Tensor] | None = None):
-        self._values, self._delta = values, delta
+    def __init__(self, values: Callable[[], Tensor], change: Callable[[], Tensor] | None = None):
+        self._values, self._change = values, change
 
     @cached_property
     def values(self) -> Tensor:
         return self._values()
 
-    def delta(self, base: Tensor) -> Tensor:
-        """values - base; of an adapter the product of its factors itself, which is not rounded through the sum."""
-        return self._delta(base) if self._delta is not None else self.values - base
+    def delta(self, base: Tensor, out: Tensor) -> None:
+        """values - base into `out`; of an adapter the product of its factors, which is not rounded through the sum."""
+        if self._change is not None:
+            out.copy_(self._change())
+        else:
+            torch.sub(self.values, base, out=out)
 
 
 @dataclass(frozen=True)
@@ -64,16 +67,20 @@ class Tile:
     Attributes:
         name: of the tensor.
         place: of the tile's first element, counted over all mergeable tensors in the order of the walk.
-        depth: of the tensor among the blocks; None outside.
         size: elements of the whole tensor.
     """
 
     name: str
     place: int
-    depth: Depth | None
     size: int
+    _depth_of: DepthOf = field(repr=False)
     _base: Rows | None = field(repr=False)
     _models: Sequence[Rows] = field(repr=False)
+
+    @property
+    def depth(self) -> Depth | None:
+        """Where the tensor stands among the blocks; None outside."""
+        return self._depth_of(self.name)
 
     @cached_property
     def base(self) -> Tensor:
@@ -89,7 +96,10 @@ class Tile:
     @cached_property
     def deltas(self) -> Tensor:
         """(K, rows, columns) float32: models - base."""
-        return torch.stack([rows.delta(self.base) for rows in self._models])
+        found = torch.empty(len(self._models), *self.base.shape)
+        for rows, out in zip(self._models, found, strict=True):
+            rows.delta(self.base, out)
+        return found
 
     def sides(self) -> list[Tensor]:
         """The rows of the base, if there is one, and of each model."""
@@ -97,10 +107,22 @@ class Tile:
 
     def at(self, setting: Knob) -> float:
         """The number that a setting means for this tensor."""
-        return value_of(setting, self.name, self.depth)
+        return setting if isinstance(setting, float) else value_of(setting, self.name, self.depth)
 
 
-Tiles = Callable[[], Iterable[Tile]]
+@dataclass(frozen=True)
+class Tiles:
+    """Tiles that can be gone through again and again: each call is a pass over all models.
+
+    Attributes:
+        elements: of all tiles together.
+    """
+
+    elements: int
+    _walk: Callable[[], Iterator[Tile]]
+
+    def __call__(self) -> Iterator[Tile]:
+        return self._walk()
 
 
 @dataclass(frozen=True)

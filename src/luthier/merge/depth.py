@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from luthier.errors import LuthierError
-from luthier.models import ModelSettings
-from luthier.models.loading import skeleton
-from luthier.models.topology import Topology
 from luthier.weights.depth import Depth, DepthOf, depth_of_names
+
+if TYPE_CHECKING:
+    from luthier.models.topology import Topology
 
 
 def depth_of_topology(topology: Topology) -> DepthOf:
@@ -30,6 +31,10 @@ def depth_of(folder: Path | None, names: list[str]) -> DepthOf:
     by_names = depth_of_names(names)
     if folder is None or not (folder / "config.json").is_file():
         return by_names
+    from luthier.models import ModelSettings
+    from luthier.models.loading import skeleton
+    from luthier.models.topology import Topology
+
     try:
         return depth_of_topology(Topology.of(skeleton(ModelSettings(base=str(folder)))))
     except LuthierError:  # code that is not here, or no blocks: the names are what there is

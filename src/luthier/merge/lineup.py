@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from luthier.errors import InputError
-from luthier.merge.base import Merge, Merged, Rows, Shape, Tile
+from luthier.merge.base import Merge, Merged, Rows, Shape, Tile, Tiles
 from luthier.merge.depth import depth_of
 from luthier.merge.sources import Source, blocks_of, config_of, matrix_shape
 from luthier.weights.depth import DepthOf
@@ -60,16 +60,21 @@ class Lineup:
             if different:
                 what = f"{len(different)} tensors of whole numbers differ from those of {self.frame.label}"
                 raise InputError(f"{what} ({some(different)})", where=source.label)
-        self.depth_of = depths or depth_of(self.frame.folder, self.names)
+        self._depths = depths
         self.places: dict[str, int] = {}
         self.elements = 0
         for name in self.names:
             self.places[name] = self.elements
             self.elements += self.infos[name].elements
 
+    @cached_property
+    def depth_of(self) -> DepthOf:
+        """Depth of a tensor; the topology is only found when somebody asks, since it takes seconds."""
+        return self._depths or depth_of(self.frame.folder, self.names)
+
     @property
     def shape(self) -> Shape:
-        return Shape(len(self.models), self.depth_of, self.names)
+        return Shape(len(self.models), lambda name: self.depth_of(name), self.names)
 
     @property
     def bytes(self) -> int:
@@ -83,7 +88,7 @@ class Lineup:
         base = self.base.rows(name, start, stop) if self.base is not None else None
         place = self.places[name] + start * matrix_shape(info.shape)[1]
         models = [model.rows(name, start, stop) for model in self.models]
-        return Tile(name, place, self.depth_of(name), info.elements, base, models)
+        return Tile(name, place, info.elements, lambda name: self.depth_of(name), base, models)
 
     def tiles(self, names: Iterable[str] | None = None) -> Iterator[Tile]:
         """All tiles of `names` (default: all that are merged), in order."""
@@ -110,22 +115,26 @@ class Step:
     @cached_property
     def found(self) -> Any:
         """What the survey of the whole model found."""
-        return self.method.survey(self.lineup.tiles) if self.method.reach == "model" else None
+        return self._survey(self.lineup.names) if self.method.reach == "model" else None
 
     def merged(self, name: str, start: int, stop: int) -> Merged:
         """The outcome for these rows, float32."""
         found = self.found
         if self.method.reach == "tensor":
             if self._of_tensor is None or self._of_tensor[0] != name:
-                self._of_tensor = name, self.method.survey(lambda: self.lineup.tiles([name]))
+                self._of_tensor = name, self._survey([name])
             found = self._of_tensor[1]
         return self.method.combine(self.lineup.tile(name, start, stop), found)
+
+    def _survey(self, names: Sequence[str]) -> Any:
+        elements = sum(self.lineup.infos[name].elements for name in names)
+        return self.method.survey(Tiles(elements, lambda: self.lineup.tiles(names)))
 
     def tiles(self, name: str) -> Iterator[tuple[Tile, Merged]]:
         """All tiles of a tensor with their outcomes, as the last pass makes them."""
         found = self.found
         if self.method.reach == "tensor":
-            found = self.method.survey(lambda: self.lineup.tiles([name]))
+            found = self._survey([name])
         for tile in self.lineup.tiles([name]):
             yield tile, self.method.combine(tile, found)
 

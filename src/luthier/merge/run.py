@@ -31,7 +31,7 @@ from luthier.merge.vocabulary import same_vocabulary
 from luthier.methods import build
 from luthier.models.files import write_aside
 from luthier.weights.algebra import finite
-from luthier.weights.depth import DepthOf
+from luthier.weights.depth import DepthOf, depth_of_names
 from luthier.weights.writer import SHARD_BYTES, copy_others, refuse_filled, write_weights
 
 Say = Callable[[int, int], None]  # bytes read so far, of how many
@@ -116,7 +116,7 @@ def write_step(
 ) -> MergeResult:
     """Make the passes of a step and write or return its outcome with its report."""
     lineup, method = step.lineup, step.method
-    counter = Counter([model.label for model in lineup.models], lineup.depth_of)
+    counter = Counter([model.label for model in lineup.models], depth_of_names(lineup.names))
     total, done = lineup.bytes * (method.passes + 1), 0
     if method.reach == "model":
         _ = step.found

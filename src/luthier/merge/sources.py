@@ -25,6 +25,7 @@ from luthier.weights import Delta, Weights, content_hash
 from luthier.weights.adapter import LowRankDelta, factors_of
 from luthier.weights.info import Info, infos_of
 
+LET_GO = 2**24  # bytes of a mapped tensor that were read before their pages are let go
 TILE = 2**18  # elements of a tile, so that the tiles of a few models fit a cache; a longer row is a tile of its own
 
 
@@ -112,14 +113,22 @@ class StoredSource:
         self.tensors, self.label, self.folder = tensors, label, folder
         self.infos: Mapping[str, Info] = infos_of(tensors)
         self._last: tuple[str, Tensor] | None = None
+        self._read = 0  # bytes of the last tensor that were handed out and may be let go
 
     def whole(self, name: str) -> Tensor:
         return self.tensors[name]
 
     def rows(self, name: str, start: int, stop: int) -> Rows:
         if self._last is None or self._last[0] != name:
-            self._last = name, as_matrix(self.tensors[name].detach())
-        part = self._last[1][start:stop]
+            if self._last is not None and isinstance(self.tensors, Weights):
+                self.tensors.release(self._last[0])
+            self._last, self._read = (name, as_matrix(self.tensors[name].detach())), 0
+        matrix = self._last[1]
+        before = start * matrix.shape[1] * matrix.element_size()
+        if isinstance(self.tensors, Weights) and before - self._read > LET_GO:
+            self.tensors.release(name, 0, before)
+            self._read = before
+        part = matrix[start:stop]
         return Rows(lambda: part.to("cpu", torch.float32))
 
     def digest(self) -> str:
@@ -141,10 +150,10 @@ class AdapterSource:
     def rows(self, name: str, start: int, stop: int) -> Rows:
         base = self.base.rows(name, start, stop)
         if name not in self._factors:
-            return Rows(lambda: base.values, torch.zeros_like)
+            return Rows(lambda: base.values, lambda: torch.zeros(()))
         left, right = self._factors[name]
         change = left[start:stop] @ right
-        return Rows(lambda: base.values + change, lambda _: change)
+        return Rows(lambda: base.values + change, lambda: change)
 
     def digest(self) -> str:
         return content_hash(Weights.open(self.path))
@@ -168,11 +177,11 @@ class DeltaSource:
     def rows(self, name: str, start: int, stop: int) -> Rows:
         base = self.base.rows(name, start, stop)
         if name not in self.delta.tensors:
-            return Rows(lambda: base.values, torch.zeros_like)
+            return Rows(lambda: base.values, lambda: torch.zeros(()))
         if isinstance(self.delta, LowRankDelta):
             left, right = self.delta.factors(name)
             change = left[start:stop] @ right
-            return Rows(lambda: base.values + change, lambda _: change)
+            return Rows(lambda: base.values + change, lambda: change)
         columns = matrix_shape(self.infos[name].shape)[1]
         part = self._elements(name, start * columns, stop * columns).view(-1, columns)
         return Rows(lambda: part.float())

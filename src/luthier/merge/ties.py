@@ -34,7 +34,7 @@ from torch import Tensor
 from luthier.merge.base import Merge, Merged, Reach, Shape, Tile, Tiles
 from luthier.merge.knobs import knob
 from luthier.merge.weighting import check_weights, weights_at
-from luthier.weights.algebra import Agg, agree, elect, moved
+from luthier.weights.algebra import Agg, agree, balance, elect, moved
 from luthier.weights.ranks import Cut, order_statistics, top_cuts
 
 
@@ -71,19 +71,19 @@ class Ties(Merge):
 
     def survey(self, tiles: Tiles) -> Found:
         def walk() -> Iterator[tuple[int, Tensor]]:
-            return ((tile.place, tile.deltas.abs()) for tile in tiles())
+            return ((tile.place, tile.deltas) for tile in tiles())
 
-        if self.density == 1 and self.trim == "exact":
-            cuts = [Cut(float("-inf"), 0)] * next(iter(tiles())).deltas.shape[0]
-        elif self.trim == "exact":
-            total = sum(tile.base.numel() for tile in tiles())
-            cuts = [row[0] for row in top_cuts(walk, [max(1, int(total * self.density))])]
+        count, models = int(tiles.elements * self.density), len(next(iter(tiles())).deltas)
+        if self.trim == "reference":
+            smallest = max(tiles.elements - count, 1)  # 1-based rank of the threshold among all magnitudes
+            found = order_statistics(walk, [smallest - 1], magnitudes=True)[:, 0]
+            cuts = [Cut(float(value), 2**63 - 1) for value in found]
+        elif self.density == 1:
+            cuts = [Cut(float("-inf"), 0)] * models
         else:
-            total = sum(tile.base.numel() for tile in tiles())
-            smallest = total - int(total * self.density)  # 1-based rank of the threshold among all magnitudes
-            cuts = [Cut(float(v), 2**63 - 1) for v in order_statistics(walk, [max(smallest, 1) - 1])[:, 0]]
-        balance = sum(float(elect(self._trimmed(tile, cuts)).sum(dtype=torch.float64)) for tile in tiles())
-        return Found(cuts, int(balance > 0) - int(balance < 0))
+            cuts = [row[0] for row in top_cuts(walk, [max(1, count)], magnitudes=True)]
+        total = sum(balance(elect(self._trimmed(tile, cuts))) for tile in tiles())
+        return Found(cuts, int(total > 0) - int(total < 0))
 
     def combine(self, tile: Tile, found: Found) -> Merged:
         trimmed = self._trimmed(tile, found.cuts)
@@ -108,8 +108,10 @@ def trim(deltas: Tensor, cuts: Sequence[Cut], place: int) -> Tensor:
     Args:
         place: of the first element, as the cuts count them.
     """
-    kept = [cut.above(delta.abs(), place) for cut, delta in zip(cuts, deltas, strict=True)]
-    return torch.where(torch.stack(kept), deltas, 0.0)
+    trimmed = torch.empty_like(deltas)
+    for cut, delta, out in zip(cuts, deltas, trimmed, strict=True):
+        cut.keep(delta, place, out)
+    return trimmed
 
 
 def ties(trimmed: Tensor, majority: int, *, weights: Sequence[float] | None, agg: Agg) -> Tensor:
