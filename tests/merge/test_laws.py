@@ -10,6 +10,8 @@ from safetensors.torch import save_file
 import luthier as lt
 from luthier.errors import InputError
 from luthier.merge import WholeModelMerge, sources
+from luthier.merge.lineup import Step
+from luthier.merge.run import lined_up, merged_tensors
 from luthier.methods import build, find, table
 from luthier.weights import Weights
 
@@ -168,3 +170,17 @@ def test_what_does_not_fit_is_named(row, models):
 def test_settings_are_read_back(row):
     built = build("merge", row.settings)
     assert build("merge", built.model_dump(mode="json")) == built
+
+
+@ROWS
+def test_what_a_survey_does_not_look_at_changes_nothing_of_it(row, models):
+    kind = find("merge", row.settings["method"])
+    if "scale" not in kind.after_survey:
+        pytest.skip("it is not declared to be so")
+    base, several = models(row.count)
+    first = Step(build("merge", row.settings | {"scale": 0.7}), lined_up(kind, several, base), keep=True)
+    merged_tensors(first)
+    later = first.again(build("merge", row.settings | {"scale": 1.1}))
+    seen = dict(later._found)
+    assert equal(merged_tensors(later), run(row, base, several, scale=1.1).tensors)
+    assert later._found is first._found and later._found.keys() == seen.keys()
