@@ -173,14 +173,13 @@ def test_settings_are_read_back(row):
 
 
 @ROWS
-def test_what_a_survey_does_not_look_at_changes_nothing_of_it(row, models):
-    kind = find("merge", row.settings["method"])
-    if "scale" not in kind.after_survey:
-        pytest.skip("it is not declared to be so")
+def test_a_survey_serves_all_scales_where_the_method_says_so(row, models, monkeypatch):
+    if "scale" not in find("merge", row.settings["method"]).after_survey:
+        pytest.skip("it does not")
+    first, later = (build("merge", row.settings | {"scale": scale}) for scale in (0.7, 1.1))
     base, several = models(row.count)
-    first = Step(build("merge", row.settings | {"scale": 0.7}), lined_up(kind, several, base), keep=True)
-    merged_tensors(first)
-    later = first.again(build("merge", row.settings | {"scale": 1.1}))
-    seen = dict(later._found)
-    assert equal(merged_tensors(later), run(row, base, several, scale=1.1).tensors)
-    assert later._found is first._found and later._found.keys() == seen.keys()
+    step = Step(first, lined_up(first, several, base), keep=True)
+    merged_tensors(step)
+    wanted = run(row, base, several, scale=1.1).tensors
+    monkeypatch.setattr(type(first), "survey", lambda *_: pytest.fail("it was surveyed again"))
+    assert equal(merged_tensors(step.again(later)), wanted)

@@ -82,6 +82,11 @@ class Tile:
         """Elements of the whole tensor."""
         return math.prod(self.shape)
 
+    @property
+    def count(self) -> int:
+        """K, how many models besides the base."""
+        return len(self._models)
+
     @cached_property
     def base(self) -> Tensor:
         """(rows, columns) float32; of a merge without a base an error of the caller."""
