@@ -39,6 +39,7 @@ class Row:
         return "-".join(str(value) for value in self.settings.values())
 
 
+EVERYTHING = {"density": 1.0, "drop_top": 0.0}  # of breadcrumbs: nothing is left out
 TABLE = [
     Row({"method": "linear"}, nothing=None),
     Row({"method": "linear", "weights": (0.5, 0.3, 0.9)}, identity=None, nothing=None, ordered=True),
@@ -46,6 +47,13 @@ TABLE = [
     Row({"method": "ties"}, identity={"density": 1.0}, same={"density": 1.0}),
     Row({"method": "ties", "scope": "tensor"}, identity={"density": 1.0}, same={"density": 1.0}),
     Row({"method": "ties", "agg": "max", "trim": "reference"}, identity={"density": 1.0}, same={"density": 1.0}),
+    Row({"method": "breadcrumbs"}, identity=EVERYTHING | {"scale": 1.0}, same=EVERYTHING | {"scale": 1 / 3}),
+    Row(
+        {"method": "breadcrumbs", "scope": "row", "order": "keep_first"},
+        identity=EVERYTHING | {"scale": 1.0},
+        same=EVERYTHING | {"scale": 1 / 3},
+    ),
+    Row({"method": "breadcrumbs", "sign_consensus": True}, identity=EVERYTHING | {"scale": 1.0}, same=None),
 ]
 ROWS = pytest.mark.parametrize("row", TABLE, ids=str)
 
