@@ -10,6 +10,8 @@ from safetensors.torch import save_file
 import luthier as lt
 from luthier.errors import InputError
 from luthier.merge import WholeModelMerge, sources
+from luthier.merge.lineup import Step
+from luthier.merge.run import lined_up, merged_tensors
 from luthier.methods import build, find, table
 from luthier.weights import Weights
 
@@ -37,6 +39,7 @@ class Row:
         return "-".join(str(value) for value in self.settings.values())
 
 
+EVERYTHING = {"density": 1.0, "drop_top": 0.0}  # of breadcrumbs: nothing is left out
 TABLE = [
     Row({"method": "linear"}, nothing=None),
     Row({"method": "linear", "weights": (0.5, 0.3, 0.9)}, identity=None, nothing=None, ordered=True),
@@ -44,6 +47,13 @@ TABLE = [
     Row({"method": "ties"}, identity={"density": 1.0}, same={"density": 1.0}),
     Row({"method": "ties", "scope": "tensor"}, identity={"density": 1.0}, same={"density": 1.0}),
     Row({"method": "ties", "agg": "max", "trim": "reference"}, identity={"density": 1.0}, same={"density": 1.0}),
+    Row({"method": "breadcrumbs"}, identity=EVERYTHING | {"scale": 1.0}, same=EVERYTHING | {"scale": 1 / 3}),
+    Row(
+        {"method": "breadcrumbs", "scope": "row", "order": "keep_first"},
+        identity=EVERYTHING | {"scale": 1.0},
+        same=EVERYTHING | {"scale": 1 / 3},
+    ),
+    Row({"method": "breadcrumbs", "sign_consensus": True}, identity=EVERYTHING | {"scale": 1.0}, same=None),
 ]
 ROWS = pytest.mark.parametrize("row", TABLE, ids=str)
 
@@ -168,3 +178,16 @@ def test_what_does_not_fit_is_named(row, models):
 def test_settings_are_read_back(row):
     built = build("merge", row.settings)
     assert build("merge", built.model_dump(mode="json")) == built
+
+
+@ROWS
+def test_a_survey_serves_all_scales_where_the_method_says_so(row, models, monkeypatch):
+    if "scale" not in find("merge", row.settings["method"]).after_survey:
+        pytest.skip("it does not")
+    first, later = (build("merge", row.settings | {"scale": scale}) for scale in (0.7, 1.1))
+    base, several = models(row.count)
+    step = Step(first, lined_up(first, several, base), keep=True)
+    merged_tensors(step)
+    wanted = run(row, base, several, scale=1.1).tensors
+    monkeypatch.setattr(type(first), "survey", lambda *_: pytest.fail("it was surveyed again"))
+    assert equal(merged_tensors(step.again(later)), wanted)

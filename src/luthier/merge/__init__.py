@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 METHODS = {
+    "breadcrumbs": "luthier.merge.breadcrumbs:Breadcrumbs",
     "linear": "luthier.merge.linear:Linear",
     "task-arithmetic": "luthier.merge.task_arithmetic:TaskArithmetic",
     "ties": "luthier.merge.ties:Ties",

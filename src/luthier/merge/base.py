@@ -19,6 +19,7 @@ models of another, without ever being written (see `sources.MergedSource`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,6 +29,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from luthier.findings import Finding
 from luthier.merge.knobs import Knob, value_of
 from luthier.methods import Method
 from luthier.weights.depth import Depth, DepthOf
@@ -67,12 +69,12 @@ class Tile:
     Attributes:
         name: of the tensor.
         place: of the tile's first element, counted over all mergeable tensors in the order of the walk.
-        size: elements of the whole tensor.
+        shape: of the whole tensor.
     """
 
     name: str
     place: int
-    size: int
+    shape: tuple[int, ...]
     _depth_of: DepthOf = field(repr=False)
     _base: Rows | None = field(repr=False)
     _models: Sequence[Rows] = field(repr=False)
@@ -81,6 +83,16 @@ class Tile:
     def depth(self) -> Depth | None:
         """Where the tensor stands among the blocks; None outside."""
         return self._depth_of(self.name)
+
+    @property
+    def size(self) -> int:
+        """Elements of the whole tensor."""
+        return math.prod(self.shape)
+
+    @property
+    def count(self) -> int:
+        """K, how many models besides the base."""
+        return len(self._models)
 
     @cached_property
     def base(self) -> Tensor:
@@ -160,12 +172,15 @@ class Merge(Method):
     Attributes:
         needs_base: whether models are seen as differences to a base.
         models_allowed: least and most models besides the base; None is any number.
-        figures: names of settings that a search may vary, such as `scale`.
+        per_model: settings that may be a list with one number for each model; a search varies each by itself.
+        after_survey: settings that the survey does not look at, so that a search over them surveys once.
     """
 
     room: ClassVar[str] = "merge"
     needs_base: ClassVar[bool] = True
     models_allowed: ClassVar[tuple[int, int | None]] = (1, None)
+    per_model: ClassVar[frozenset[str]] = frozenset()
+    after_survey: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def reach(self) -> Reach:
@@ -198,6 +213,10 @@ class Merge(Method):
     def notes(self, found: Any) -> dict[str, Any]:
         """What of the survey belongs into the report (over `model`), json-able."""
         return {}
+
+    def findings(self, found: Any, models: Sequence[str]) -> list[Finding]:
+        """What of the survey (over `model`) the user should be told; `models` are their labels."""
+        return []
 
 
 class WholeModelMerge(Method):

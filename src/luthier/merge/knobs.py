@@ -54,11 +54,10 @@ def _checked(value: Any) -> Any:
 
 def _within(low: float, high: float, low_open: bool) -> Any:
     def check(knob: Knob) -> Knob:
-        for plain in knob.values() if isinstance(knob, Mapping) else [knob]:
-            for number in [plain] if isinstance(plain, float) else plain:
-                if not low <= number <= high or (low_open and number == low):
-                    bounds = f"{'above' if low_open else 'from'} {low:g} to {high:g}"
-                    raise ValueError(f"expected numbers {bounds}, got {number:g}")
+        for number in numbers_of(knob):
+            if not low <= number <= high or (low_open and number == low):
+                bounds = f"{'above' if low_open else 'from'} {low:g} to {high:g}"
+                raise ValueError(f"expected numbers {bounds}, got {number:g}")
         return knob
 
     return check
@@ -78,6 +77,13 @@ def value_of(setting: Knob, name: str, depth: Depth | None) -> float:
                 return value_of(plain, name, depth)
         raise InputError(f"no pattern meets {name!r}", where=", ".join(setting), fix='end with "*" for all others')
     return setting if isinstance(setting, float) else anchored(setting, depth)
+
+
+def numbers_of(setting: Knob) -> list[float]:
+    """All numbers that stand in a setting."""
+    if isinstance(setting, Mapping):
+        return [number for plain in setting.values() for number in numbers_of(plain)]
+    return [setting] if isinstance(setting, float) else list(setting)
 
 
 def constant(setting: Knob) -> float | None:

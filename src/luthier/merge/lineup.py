@@ -88,7 +88,7 @@ class Lineup:
         base = self.base.rows(name, start, stop) if self.base is not None else None
         place = self.places[name] + start * matrix_shape(info.shape)[1]
         models = [model.rows(name, start, stop) for model in self.models]
-        return Tile(name, place, info.elements, lambda name: self.depth_of(name), base, models)
+        return Tile(name, place, info.shape, lambda name: self.depth_of(name), base, models)
 
     def tiles(self, names: Iterable[str] | None = None) -> Iterator[Tile]:
         """All tiles of `names` (default: all that are merged), in order."""
@@ -98,10 +98,14 @@ class Lineup:
 
 
 class Step:
-    """One merge on one lineup; `prepare` makes its passes, then any rows can be had."""
+    """One merge on one lineup: its survey is made when first needed, then any rows can be had.
 
-    def __init__(self, method: Merge, lineup: Lineup):
-        self.method, self.lineup = method, lineup
+    Args:
+        keep: keep what the surveys of all tensors find, for `again`; else only that of the last tensor.
+    """
+
+    def __init__(self, method: Merge, lineup: Lineup, *, keep: bool = False):
+        self.method, self.lineup, self.keep = method, lineup, keep
         least, most = method.models_allowed
         count = len(lineup.models)
         if count < least or (most is not None and count > most):
@@ -110,31 +114,42 @@ class Step:
         if method.needs_base and lineup.base is None:
             raise InputError(f"{method.method} merges differences to a base, and none is given", fix="give --base")
         method.check(lineup.shape)
-        self._of_tensor: tuple[str, Any] | None = None
+        self._found: dict[str, Any] = {}  # by tensor; of a survey over the whole model under ""
 
-    @cached_property
+    def again(self, method: Merge) -> Step:
+        """The step with other settings, and with what was found if the survey does not look at those that differ."""
+        step = Step(method, self.lineup, keep=self.keep)
+        ours, theirs = self.method.model_dump(), method.model_dump()
+        if {name for name in ours | theirs if ours.get(name) != theirs.get(name)} <= method.after_survey:
+            step._found = self._found
+        return step
+
+    @property
     def found(self) -> Any:
         """What the survey of the whole model found."""
-        return self._survey(self.lineup.names) if self.method.reach == "model" else None
+        return self._survey("", self.lineup.names) if self.method.reach == "model" else None
+
+    def found_of(self, name: str) -> Any:
+        """What `combine` gets for one tensor."""
+        if self.method.reach == "tensor":
+            return self._survey(name, [name])
+        return self.found
+
+    def _survey(self, key: str, names: Sequence[str]) -> Any:
+        if key not in self._found:
+            if not self.keep:
+                self._found.clear()
+            elements = sum(self.lineup.infos[name].elements for name in names)
+            self._found[key] = self.method.survey(Tiles(elements, lambda: self.lineup.tiles(names)))
+        return self._found[key]
 
     def merged(self, name: str, start: int, stop: int) -> Merged:
         """The outcome for these rows, float32."""
-        found = self.found
-        if self.method.reach == "tensor":
-            if self._of_tensor is None or self._of_tensor[0] != name:
-                self._of_tensor = name, self._survey([name])
-            found = self._of_tensor[1]
-        return self.method.combine(self.lineup.tile(name, start, stop), found)
-
-    def _survey(self, names: Sequence[str]) -> Any:
-        elements = sum(self.lineup.infos[name].elements for name in names)
-        return self.method.survey(Tiles(elements, lambda: self.lineup.tiles(names)))
+        return self.method.combine(self.lineup.tile(name, start, stop), self.found_of(name))
 
     def tiles(self, name: str) -> Iterator[tuple[Tile, Merged]]:
         """All tiles of a tensor with their outcomes, as the last pass makes them."""
-        found = self.found
-        if self.method.reach == "tensor":
-            found = self._survey([name])
+        found = self.found_of(name)
         for tile in self.lineup.tiles([name]):
             yield tile, self.method.combine(tile, found)
 

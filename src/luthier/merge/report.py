@@ -33,6 +33,11 @@ class Counter:
             self._squares[number] += float(tile.deltas[number].norm()) ** 2
         self._squares[-1] += float(tile.base.norm()) ** 2
         if len(merged.used) > 1:
+            speaking = merged.used.count_nonzero(0)
+            shared = about.setdefault("shared", [0, 0, 0])
+            for number in range(2):
+                shared[number] += int((speaking == number).count_nonzero())
+            shared[2] += int((speaking > 1).count_nonzero())
             opposed = (merged.used.amax(0) > 0) & (merged.used.amin(0) < 0)
             about["conflicts"] = about.get("conflicts", 0) + int(opposed.count_nonzero())
 
@@ -48,7 +53,8 @@ class Counter:
         return found
 
     def rows(self) -> dict[str, dict[str, Any]]:
-        """Per tensor: elements, share kept of each model, share of places where kept signs conflict, block."""
+        """Per tensor: elements, share kept of each model, share of places where kept signs conflict, shares of places
+        where no model, one, or several kept something, block."""
         found = {}
         for name, about in sorted(self.tensors.items()):
             depth, size = self.depth_of(name), about["elements"]
@@ -57,6 +63,7 @@ class Counter:
                 row["kept"] = [count / size for count in about["kept"]]
             if "conflicts" in about:
                 row["conflict"] = about["conflicts"] / size
+                row["shared"] = [count / size for count in about["shared"]]
             found[name] = row
         return found
 
@@ -70,6 +77,8 @@ class Counter:
             found["kept"] = [count / size for count in kept]
         if conflicts:
             found["conflict"] = sum(conflicts) / size
+            shared = [about["shared"] for about in self.tensors.values() if "shared" in about]
+            found["shared"] = [sum(counts) / size for counts in zip(*shared, strict=True)]
         return found
 
 

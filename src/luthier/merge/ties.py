@@ -12,7 +12,8 @@ Where the kept differences of a weight cancel exactly, the sign that was elected
 taken (over the tensor for scope: tensor); if there is no majority, nothing changes there. Differences to the authors'
 code: exactly max(1, int(d * density)) entries are kept, the lower place winning a tie (`trim: reference` keeps as many
 as their code does: one more, and every tie); no majority elects nothing where theirs would keep the negative entries.
-`weights` (ours) multiply what was kept before the election and divide the mean.
+`weights` (ours) multiply what was kept before the election and divide the mean; that division would undo a negative
+one, so those are for `agg: sum` and `max`.
 
 When not to use it: if the tunings are dense and nearly orthogonal, `task-arithmetic` with a searched scale does as well
 (on digits it does better); with a single model it only trims.
@@ -28,14 +29,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from luthier.merge.base import Merge, Merged, Reach, Shape, Tile, Tiles
-from luthier.merge.knobs import knob
+from luthier.merge.knobs import knob, numbers_of
 from luthier.merge.weighting import check_weights, weights_at
 from luthier.weights.algebra import Agg, agree, balance, elect, moved
-from luthier.weights.ranks import Cut, order_statistics, top_cuts
+from luthier.weights.ranks import EVERY, Cut, order_statistics, top_cuts
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Ties(Merge):
 
     method: Literal["ties"] = "ties"
     paper: ClassVar[int | None] = 85
+    per_model: ClassVar[frozenset[str]] = frozenset({"weights"})
+    after_survey: ClassVar[frozenset[str]] = frozenset({"scale", "agg"})
     density: float = Field(default=0.2, gt=0, le=1)
     scale: knob() = 1.0  # type: ignore[valid-type]
     weights: tuple[knob(), ...] | None = None  # type: ignore[valid-type]
@@ -64,7 +67,15 @@ class Ties(Merge):
 
     @property
     def passes(self) -> int:
-        return 4
+        return 1 if self.density == 1 and self.trim == "exact" else 4 if self.trim == "exact" else 3
+
+    @model_validator(mode="after")
+    def _mean_of_positive_weights(self) -> Ties:
+        if self.agg == "mean":
+            negative = [n for weight in self.weights or () for n in numbers_of(weight) if n < 0]
+            if negative:
+                raise ValueError(f"a mean takes no negative weight, got {negative[0]:g}; use agg: sum")
+        return self
 
     def check(self, shape: Shape) -> None:
         check_weights(self.weights, shape)
@@ -73,15 +84,15 @@ class Ties(Merge):
         def walk() -> Iterator[tuple[int, Tensor]]:
             return ((tile.place, tile.deltas) for tile in tiles())
 
-        count, models = int(tiles.elements * self.density), len(next(iter(tiles())).deltas)
-        if self.trim == "reference":
-            smallest = max(tiles.elements - count, 1)  # 1-based rank of the threshold among all magnitudes
-            found = order_statistics(walk, [smallest - 1], magnitudes=True)[:, 0]
-            cuts = [Cut(float(value), 2**63 - 1) for value in found]
-        elif self.density == 1:
-            cuts = [Cut(float("-inf"), 0)] * models
+        kept = int(tiles.elements * self.density)
+        if self.trim == "reference":  # 1-based rank of the threshold among all magnitudes, ascending: elements - kept
+            smallest = max(tiles.elements - kept, 1) - 1
+            found = order_statistics(walk, [smallest], magnitudes=True)[:, 0]
+            cuts = [Cut(float(value), EVERY) for value in found]
+        elif kept == tiles.elements:
+            cuts = [Cut(float("-inf"), EVERY)] * next(iter(tiles())).count
         else:
-            cuts = [row[0] for row in top_cuts(walk, [max(1, count)], magnitudes=True)]
+            cuts = [row[0] for row in top_cuts(walk, [max(1, kept)], magnitudes=True)]
         total = sum(balance(elect(self._trimmed(tile, cuts))) for tile in tiles())
         return Found(cuts, int(total > 0) - int(total < 0))
 
