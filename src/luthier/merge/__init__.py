@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 METHODS = {
     "breadcrumbs": "luthier.merge.breadcrumbs:Breadcrumbs",
     "linear": "luthier.merge.linear:Linear",
+    "pcb": "luthier.merge.pcb:Pcb",
     "task-arithmetic": "luthier.merge.task_arithmetic:TaskArithmetic",
     "ties": "luthier.merge.ties:Ties",
 }

@@ -208,14 +208,20 @@ def _told_apart(sources: Sequence[Source]) -> list[Source]:
 
 def _finite(tile: Tile, merged: Merged, lineup: Lineup) -> None:
     """`InputError` that names the model and the tensor, if anything holds infinities or not-a-numbers."""
+    _finite_models(tile, lineup)
+    if not finite(merged.values):
+        for other in lineup.tiles():  # of which a survey may have carried it here
+            _finite_models(other, lineup)
+        raise InputError(f"{tile.name} comes out infinite or not a number", fix="lower scale or the weights")
+
+
+def _finite_models(tile: Tile, lineup: Lineup) -> None:
     labels = [source.label for source in (lineup.base, *lineup.models) if source is not None]
     for label, values in zip(labels, tile.sides(), strict=True):
         if not finite(values):
             raise InputError(
                 f"{tile.name} holds values that are infinite or not numbers", where=label, fix="mend that model first"
             )
-    if not finite(merged.values):
-        raise InputError(f"{tile.name} comes out infinite or not a number", fix="lower scale or the weights")
 
 
 def check_room(out: Path, lineup: Lineup) -> None:

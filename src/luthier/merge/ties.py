@@ -85,9 +85,9 @@ class Ties(Merge):
             return ((tile.place, tile.deltas.abs()) for tile in tiles())
 
         about = {tile.name: (tile.size, tile.count) for tile in tiles()}  # no numbers are read
-        total, count = sum(size for size, _ in about.values()), max((count for _, count in about.values()), default=0)
+        total, count = sum(size for size, _ in about.values()), next(iter(about.values()))[1]
         kept = int(total * self.density)
-        if not total or (kept == total and self.trim == "exact"):
+        if kept == total and self.trim == "exact":
             cuts = [Cut(float("-inf"), EVERY)] * count
         elif self.trim == "exact":
             cuts = [row[0] for row in top_cuts(walk, [max(1, kept)])]
