@@ -29,12 +29,15 @@ _WHERE = {
     "WholeModelMerge": "luthier.merge.base",
     "MergeResult": "luthier.merge.run",
     "merge": "luthier.merge.run",
+    "SearchResult": "luthier.merge.search",
+    "merge_search": "luthier.merge.search",
 }
-__all__ = ["METHODS", "Merge", "MergeResult", "Merged", "Tile", "WholeModelMerge", "merge"]
+__all__ = ["METHODS", *_WHERE]
 
 if TYPE_CHECKING:
     from luthier.merge.base import Merge, Merged, Tile, WholeModelMerge
     from luthier.merge.run import MergeResult, merge
+    from luthier.merge.search import SearchResult, merge_search
 
 
 def __getattr__(name: str) -> Any:

@@ -113,9 +113,16 @@ def lined_up(
 
 
 def write_step(
-    step: Step, out: Path | str | None, *, began: float, shard_bytes: int = SHARD_BYTES, say: Say = lambda *_: None
+    step: Step,
+    out: Path | str | None,
+    *,
+    began: float,
+    shard_bytes: int = SHARD_BYTES,
+    say: Say = lambda *_: None,
+    more: dict[str, Any] | None = None,
 ) -> MergeResult:
-    """Make the passes of a step and write or return its outcome with its report."""
+    """Make the passes of a step and write or return its outcome with its report, and with what `more` it should tell.
+    """
     lineup, method = step.lineup, step.method
     counter = Counter([model.label for model in lineup.models], lineup.depth_of)
     total, done = lineup.bytes * (method.passes + 1), 0
@@ -133,12 +140,12 @@ def write_step(
     tensors: dict[str, Tensor] = {}
     if out is None:
         tensors = merged_tensors(step, look)
-        report = _report(step, counter, began)
+        report = _report(step, counter, began) | (more or {})
     else:
         check_room(Path(out), lineup)
         with write_aside(Path(out)) as aside:
             write_merged(step, aside, look, shard_bytes=shard_bytes)
-            report = _report(step, counter, began)
+            report = _report(step, counter, began) | (more or {})
             draw(report["tensors"], aside / "merge.svg")
             (aside / "merge.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     say(total, total)
