@@ -66,9 +66,7 @@ def test_a_search_over_scale_surveys_once(scope, models, monkeypatch):
     base, several = models(2)
     surveys, survey = [], Ties.survey
     monkeypatch.setattr(Ties, "survey", lambda self, tiles: surveys.append(1) or survey(self, tiles))
-    lt.merge_search(
-        Ties(scope=scope), base=base, models=several, evaluate=lambda _: 0.0, bounds=(0.5, 2.0), budget=7
-    )
+    lt.merge_search(Ties(scope=scope), base=base, models=several, evaluate=lambda _: 0.0, bounds=(0.5, 2.0), budget=7)
     once = sum(tensor.is_floating_point() for tensor in base.values()) if scope == "tensor" else 1
     assert len(surveys) == once
 
@@ -155,9 +153,7 @@ def test_folders_are_judged_as_folders_and_only_the_best_stays(tmp_path, models)
 def test_a_fault_of_the_judge_leaves_nothing(tmp_path, models):
     base, several = models(2)
     with pytest.raises(ZeroDivisionError):
-        lt.merge_search(
-            "ties", base=base, models=several, evaluate=lambda _: 1 / 0, grid=[1.0], out=tmp_path / "best"
-        )
+        lt.merge_search("ties", base=base, models=several, evaluate=lambda _: 1 / 0, grid=[1.0], out=tmp_path / "best")
     assert not list(tmp_path.iterdir())
 
 

@@ -32,7 +32,17 @@ _WHERE = {
     "SearchResult": "luthier.merge.search",
     "merge_search": "luthier.merge.search",
 }
-__all__ = ["METHODS", *_WHERE]
+__all__ = [
+    "METHODS",
+    "Merge",
+    "MergeResult",
+    "Merged",
+    "SearchResult",
+    "Tile",
+    "WholeModelMerge",
+    "merge",
+    "merge_search",
+]
 
 if TYPE_CHECKING:
     from luthier.merge.base import Merge, Merged, Tile, WholeModelMerge

@@ -197,7 +197,7 @@ def _proposals(
 
 
 def _listed(points: list[Values]) -> Proposals:
-    for values in points:  # not `yield from`, which a list takes no scores through
+    for values in points:  # noqa: UP028  (through `yield from` a list could be sent no score)
         yield values
 
 
