@@ -121,7 +121,7 @@ def write_step(
     say: Say = lambda *_: None,
     more: dict[str, Any] | None = None,
 ) -> MergeResult:
-    """Make the passes of a step and write or return its outcome with its report, and with what `more` it should tell."""
+    """Make the passes of a step, and write or return its outcome with its report and what `more` is told there."""
     lineup, method = step.lineup, step.method
     counter = Counter([model.label for model in lineup.models], lineup.depth_of)
     total, done = lineup.bytes * (method.passes + 1), 0
