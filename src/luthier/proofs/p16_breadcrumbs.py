@@ -122,9 +122,7 @@ PROOF = Proof(
             "> 0",
             "paper",
         ),
-        Claim(
-            "support: precision of the window", lambda runs: worst(runs, "precision/window"), "> 0.95", "exact"
-        ),
+        Claim("support: precision of the window", lambda runs: worst(runs, "precision/window"), "> 0.95", "exact"),
         Claim("support: recall of the window", lambda runs: worst(runs, "recall/window"), "> 0.95", "exact"),
         Claim(
             "support: share of the outliers that the largest alone keep, all seeds",

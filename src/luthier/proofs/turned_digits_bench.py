@@ -4,7 +4,8 @@ A dense network of four layers, width 256, first learns all six ways of looking 
 by one, two and three quarters, mirrored, transposed) from the same 150 pictures; then a copy of it is tuned on each
 way with all training pictures. A turned 6 is a 9, so no network can be right on all of them: each tuned one knows
 which way it looks. Steps and rates are such that an average of the models is better than their base, though not by
-much (on seed 0: base 0.81, average 0.82, single networks 0.92). Of the training pictures 200 are kept back to choose a scale among 15.
+much (on seed 0: base 0.81, average 0.82, single networks 0.92). Of the training pictures 200 are kept back to choose a
+scale among 15.
 """
 
 from __future__ import annotations
@@ -43,9 +44,7 @@ class TurnedDigits:
         pictures, labels = pictures[mixed], labels[mixed]
         test, answers = digits("test")
         parts = {"choose": (pictures[:CHOOSING], labels[:CHOOSING]), "test": (test, answers)}
-        self._parts = {
-            part: [(way(shown).contiguous(), said) for way in WAYS] for part, (shown, said) in parts.items()
-        }
+        self._parts = {part: [(way(shown).contiguous(), said) for way in WAYS] for part, (shown, said) in parts.items()}
         pictures, labels = pictures[CHOOSING:], labels[CHOOSING:]
         self._network = _network(seed)
         shown = torch.cat([way(pictures[:SHOWN]) for way in WAYS])
