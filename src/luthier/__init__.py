@@ -22,6 +22,7 @@ _WHERE = {
     "plan": "luthier.pipeline.plan",
     "resume": "luthier.pipeline.run",
     "fit": "luthier.pipeline.inline",
+    "merge_search": "luthier.merge.search",
     "Recipe": "luthier.pipeline.recipe",
     "Method": "luthier.methods",
     "Finding": "luthier.findings",
@@ -42,6 +43,7 @@ __all__ = [
     "__version__",
     "fit",
     "merge",
+    "merge_search",
     "plan",
     "resume",
     "run",
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from luthier import merge
     from luthier.errors import CrashError, GateError, InputError, LuthierError
     from luthier.findings import Finding
+    from luthier.merge.search import merge_search
     from luthier.methods import Method
     from luthier.pipeline.inline import fit
     from luthier.pipeline.plan import plan

@@ -54,6 +54,8 @@ TABLE = [
         same=EVERYTHING | {"scale": 1 / 3},
     ),
     Row({"method": "breadcrumbs", "sign_consensus": True}, identity=EVERYTHING | {"scale": 1.0}, same=None),
+    Row({"method": "pcb"}, identity=None, same=None),
+    Row({"method": "pcb", "inter": "sum_normalized", "clip_quantile": 0.0}, identity=None, same=None),
 ]
 ROWS = pytest.mark.parametrize("row", TABLE, ids=str)
 

@@ -53,6 +53,8 @@ class Lineup:
             raise InputError(
                 f"{len(odd)} tensors are quantised ({some(odd)})", where=self.frame.label, fix="dequantise them first"
             )
+        if not merged:
+            raise InputError("holds no tensors of real numbers, so there is nothing to merge", where=self.frame.label)
         self.names = sorted(merged)
         self.copied = sorted(set(self.infos) - set(self.names))
         for source in everyone:

@@ -113,9 +113,15 @@ def lined_up(
 
 
 def write_step(
-    step: Step, out: Path | str | None, *, began: float, shard_bytes: int = SHARD_BYTES, say: Say = lambda *_: None
+    step: Step,
+    out: Path | str | None,
+    *,
+    began: float,
+    shard_bytes: int = SHARD_BYTES,
+    say: Say = lambda *_: None,
+    more: dict[str, Any] | None = None,
 ) -> MergeResult:
-    """Make the passes of a step and write or return its outcome with its report."""
+    """Make the passes of a step, and write or return its outcome with its report and what `more` is told there."""
     lineup, method = step.lineup, step.method
     counter = Counter([model.label for model in lineup.models], depth_of_names(lineup.names))
     total, done = lineup.bytes * (method.passes + 1), 0
@@ -133,12 +139,12 @@ def write_step(
     tensors: dict[str, Tensor] = {}
     if out is None:
         tensors = merged_tensors(step, look)
-        report = _report(step, counter, began)
+        report = _report(step, counter, began) | (more or {})
     else:
         check_room(Path(out), lineup)
         with write_aside(Path(out)) as aside:
             write_merged(step, aside, look, shard_bytes=shard_bytes)
-            report = _report(step, counter, began)
+            report = _report(step, counter, began) | (more or {})
             draw(report["tensors"], aside / "merge.svg")
             (aside / "merge.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     say(total, total)
@@ -208,14 +214,20 @@ def _told_apart(sources: Sequence[Source]) -> list[Source]:
 
 def _finite(tile: Tile, merged: Merged, lineup: Lineup) -> None:
     """`InputError` that names the model and the tensor, if anything holds infinities or not-a-numbers."""
+    _finite_models(tile, lineup)
+    if not finite(merged.values):
+        for other in lineup.tiles():  # of which a survey may have carried it here
+            _finite_models(other, lineup)
+        raise InputError(f"{tile.name} comes out infinite or not a number", fix="lower scale or the weights")
+
+
+def _finite_models(tile: Tile, lineup: Lineup) -> None:
     labels = [source.label for source in (lineup.base, *lineup.models) if source is not None]
     for label, values in zip(labels, tile.sides(), strict=True):
         if not finite(values):
             raise InputError(
                 f"{tile.name} holds values that are infinite or not numbers", where=label, fix="mend that model first"
             )
-    if not finite(merged.values):
-        raise InputError(f"{tile.name} comes out infinite or not a number", fix="lower scale or the weights")
 
 
 def check_room(out: Path, lineup: Lineup) -> None:
