@@ -106,8 +106,9 @@ def lined_up(
         raise InputError("there is no model to merge", where="models")
     frame = open_source(base, None) if base is not None else None
     opened = _told_apart([open_source(model, frame) for model in models])
+    if not method.own_vocabulary:
+        opened = same_vocabulary(frame or opened[0], opened, vocabulary)
     frame, opened = method.arrange(frame, opened)
-    opened = same_vocabulary(frame or opened[0], opened, vocabulary)
     return Lineup(frame, opened, depth_of)
 
 
@@ -148,11 +149,13 @@ def write_step(
             write_weights(aside, lineup.infos, pieces, shard_bytes=shard_bytes)
             for folder in method.other_files(lineup):
                 copy_others(folder, aside)
+            method.amend(lineup, aside)
             report = _report(step, counter, began)
             draw(report["tensors"], aside / "merge.svg")
             (aside / "merge.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     say(total, total)
-    return MergeResult(Path(out) if out is not None else None, tensors, report, counter.findings())
+    noticed = [*method.findings(lineup), *counter.findings()]
+    return MergeResult(Path(out) if out is not None else None, tensors, report, noticed)
 
 
 def _report(step: Step, counter: Counter, began: float) -> dict[str, Any]:
@@ -163,8 +166,9 @@ def _report(step: Step, counter: Counter, began: float) -> dict[str, Any]:
         "models": [_told(model) for model in lineup.models],
         "seconds": time.perf_counter() - began,
         "survey": step.method.notes(step.found) if step.method.reach == "model" else {},
-        "findings": [finding.model_dump(mode="json") for finding in counter.findings()],
+        "findings": [f.model_dump(mode="json") for f in (*step.method.findings(lineup), *counter.findings())],
         "total": counter.totals(),
+        "blocks": counter.blocks(),
         "tensors": counter.rows(),
     }
 
