@@ -16,8 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 METHODS = {
     "linear": "luthier.merge.linear:Linear",
+    "lines": "luthier.merge.lines:Lines",
+    "slerp": "luthier.merge.slerp:Slerp",
     "task-arithmetic": "luthier.merge.task_arithmetic:TaskArithmetic",
     "ties": "luthier.merge.ties:Ties",
+    "transfer": "luthier.merge.transfer:Transfer",
 }
 
 _WHERE = {
