@@ -22,6 +22,7 @@ _WHERE = {
     "plan": "luthier.pipeline.plan",
     "resume": "luthier.pipeline.run",
     "fit": "luthier.pipeline.inline",
+    "recycle": "luthier.pipeline.recycle",
     "Recipe": "luthier.pipeline.recipe",
     "Method": "luthier.methods",
     "Finding": "luthier.findings",
@@ -43,6 +44,7 @@ __all__ = [
     "fit",
     "merge",
     "plan",
+    "recycle",
     "resume",
     "run",
 ]
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
     from luthier.pipeline.inline import fit
     from luthier.pipeline.plan import plan
     from luthier.pipeline.recipe import Recipe
+    from luthier.pipeline.recycle import recycle
     from luthier.pipeline.run import resume, run
 
 
