@@ -23,6 +23,7 @@ _WHERE = {
     "resume": "luthier.pipeline.run",
     "fit": "luthier.pipeline.inline",
     "recycle": "luthier.pipeline.recycle",
+    "merge_search": "luthier.merge.search",
     "Recipe": "luthier.pipeline.recipe",
     "Method": "luthier.methods",
     "Finding": "luthier.findings",
@@ -43,6 +44,7 @@ __all__ = [
     "__version__",
     "fit",
     "merge",
+    "merge_search",
     "plan",
     "recycle",
     "resume",
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
     from luthier import merge
     from luthier.errors import CrashError, GateError, InputError, LuthierError
     from luthier.findings import Finding
+    from luthier.merge.search import merge_search
     from luthier.methods import Method
     from luthier.pipeline.inline import fit
     from luthier.pipeline.plan import plan

@@ -45,3 +45,24 @@ def state():
 @pytest.fixture
 def models():
     return make_models
+
+
+@pytest.fixture
+def mergekit():
+    """mergekit's merge of one tensor: `mergekit(method, base, models, weights, **numbers)`; each number for all."""
+    registry = pytest.importorskip("mergekit.merge_methods.registry")
+    from mergekit.merge_methods.base import ParameterScope, TensorGroup
+
+    def merge(method, base, models, weights=None, **numbers):
+        found = registry.get(method)
+        names = range(1, len(models) + 1)
+        weights = dict(zip(names, weights or [1.0] * len(models), strict=True))
+        given = {}
+        for about in found.spec.parameters:
+            value = numbers.pop(about.name, about.default)
+            given[about.name] = dict.fromkeys(names, value) if about.scope == ParameterScope.NON_BASE else value
+        assert not numbers, f"{method} has no {sorted(numbers)}"
+        group = TensorGroup.from_tensors([base.clone(), *(m.clone() for m in models)], base_index=0)
+        return found.merge_group(group, **(given | {"weight": weights}))
+
+    return merge

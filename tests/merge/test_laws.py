@@ -10,6 +10,8 @@ from safetensors.torch import save_file
 import luthier as lt
 from luthier.errors import InputError
 from luthier.merge import WholeModelMerge, sources
+from luthier.merge.lineup import Step
+from luthier.merge.run import lined_up, merged_tensors
 from luthier.methods import build, find, table
 from luthier.weights import Weights
 
@@ -39,6 +41,7 @@ class Row:
         return "-".join(str(value) for value in self.settings.values())
 
 
+EVERYTHING = {"density": 1.0, "drop_top": 0.0}  # of breadcrumbs: nothing is left out
 TABLE = [
     Row({"method": "linear"}, nothing=None),
     Row({"method": "linear", "weights": (0.5, 0.3, 0.9)}, identity=None, nothing=None, ordered=True),
@@ -61,6 +64,15 @@ TABLE = [
     Row({"method": "slerp"}, identity=None, nothing=None, count=2),
     Row({"method": "slerp", "norm": "geometric", "t": (0.2, 0.6)}, None, None, ordered=True, count=2),
     Row({"method": "transfer", "source_base": "old"}, count=1, takes_base="source_base"),
+    Row({"method": "breadcrumbs"}, identity=EVERYTHING | {"scale": 1.0}, same=EVERYTHING | {"scale": 1 / 3}),
+    Row(
+        {"method": "breadcrumbs", "scope": "row", "order": "keep_first"},
+        identity=EVERYTHING | {"scale": 1.0},
+        same=EVERYTHING | {"scale": 1 / 3},
+    ),
+    Row({"method": "breadcrumbs", "sign_consensus": True}, identity=EVERYTHING | {"scale": 1.0}, same=None),
+    Row({"method": "pcb"}, identity=None, same=None),
+    Row({"method": "pcb", "inter": "sum_normalized", "clip_quantile": 0.0}, identity=None, same=None),
 ]
 ROWS = pytest.mark.parametrize("row", TABLE, ids=str)
 
@@ -161,7 +173,7 @@ def test_files_give_what_memory_gives(row, tmp_path, models):
     written = {name: tensor.clone() for name, tensor in Weights.open(tmp_path / "merged").items()}
     assert equal(written, run(row, base, several).tensors)
     assert (tmp_path / "merged/merge.json").is_file()
-    assert [told["name"] for told in result.report["models"]][-row.count :] == [str(path) for path in paths[1:]]
+    assert [told["name"] for told in result.report["models"]][: row.count] == [str(path) for path in paths[1:]]
 
 
 @ROWS
@@ -187,3 +199,16 @@ def test_what_does_not_fit_is_named(row, models):
 def test_settings_are_read_back(row):
     built = build("merge", row.settings)
     assert build("merge", built.model_dump(mode="json")) == built
+
+
+@ROWS
+def test_a_survey_serves_all_scales_where_the_method_says_so(row, models, monkeypatch):
+    if "scale" not in find("merge", row.settings["method"]).after_survey:
+        pytest.skip("it does not")
+    first, later = (build("merge", row.settings | {"scale": scale}) for scale in (0.7, 1.1))
+    base, several = models(row.count)
+    step = Step(first, lined_up(first, several, base), keep=True)
+    merged_tensors(step)
+    wanted = run(row, base, several, scale=1.1).tensors
+    monkeypatch.setattr(type(first), "survey", lambda *_: pytest.fail("it was surveyed again"))
+    assert equal(merged_tensors(step.again(later)), wanted)

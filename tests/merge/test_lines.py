@@ -8,6 +8,8 @@ import torch
 import luthier as lt
 from luthier.errors import InputError
 from luthier.merge.lines import Lines, layer_scale, lines_alpha
+from luthier.merge.lineup import Step
+from luthier.merge.run import lined_up, merged_tensors
 from luthier.merge.task_arithmetic import TaskArithmetic
 from luthier.weights.depth import Depth, depth_of_names
 
@@ -148,3 +150,14 @@ def test_what_it_refuses_and_notices(models):
         lt.merge(Lines(beta=1.0, inner="linear"), base=base, models=[base, base])
     found = lt.merge("lines", base=base, models=several[:1], depth_of=lambda name: None).findings
     assert "merge.no_blocks" in [finding.code for finding in found]
+
+
+def test_a_survey_serves_every_beta(models, monkeypatch):
+    base, several = models(3)
+    first, later = (Lines(beta=beta, inner="ties") for beta in (0.3, 0.9))
+    step = Step(first, lined_up(first, several, base), keep=True)
+    merged_tensors(step)
+    wanted = lt.merge(later, base=base, models=several).tensors
+    monkeypatch.setattr(Lines, "survey", lambda *_: pytest.fail("it was surveyed again"))
+    merged = merged_tensors(step.again(later))
+    assert all(torch.equal(merged[name], wanted[name]) for name in wanted)

@@ -15,8 +15,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 METHODS = {
+    "breadcrumbs": "luthier.merge.breadcrumbs:Breadcrumbs",
     "linear": "luthier.merge.linear:Linear",
     "lines": "luthier.merge.lines:Lines",
+    "pcb": "luthier.merge.pcb:Pcb",
     "slerp": "luthier.merge.slerp:Slerp",
     "task-arithmetic": "luthier.merge.task_arithmetic:TaskArithmetic",
     "ties": "luthier.merge.ties:Ties",
@@ -30,12 +32,25 @@ _WHERE = {
     "WholeModelMerge": "luthier.merge.base",
     "MergeResult": "luthier.merge.run",
     "merge": "luthier.merge.run",
+    "SearchResult": "luthier.merge.search",
+    "merge_search": "luthier.merge.search",
 }
-__all__ = ["METHODS", "Merge", "MergeResult", "Merged", "Tile", "WholeModelMerge", "merge"]
+__all__ = [
+    "METHODS",
+    "Merge",
+    "MergeResult",
+    "Merged",
+    "SearchResult",
+    "Tile",
+    "WholeModelMerge",
+    "merge",
+    "merge_search",
+]
 
 if TYPE_CHECKING:
     from luthier.merge.base import Merge, Merged, Tile, WholeModelMerge
     from luthier.merge.run import MergeResult, merge
+    from luthier.merge.search import SearchResult, merge_search
 
 
 def __getattr__(name: str) -> Any:

@@ -19,6 +19,7 @@ models of another, without ever being written (see `sources.MergedSource`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -66,15 +67,25 @@ class Tile:
         name: of the tensor.
         place: of the tile's first element, counted over all mergeable tensors in the order of the walk.
         depth: of the tensor among the blocks; None outside.
-        size: elements of the whole tensor.
+        shape: of the whole tensor.
     """
 
     name: str
     place: int
     depth: Depth | None
-    size: int
+    shape: tuple[int, ...]
     _base: Rows | None = field(repr=False)
     _models: Sequence[Rows] = field(repr=False)
+
+    @property
+    def size(self) -> int:
+        """Elements of the whole tensor."""
+        return math.prod(self.shape)
+
+    @property
+    def count(self) -> int:
+        """K, how many models besides the base."""
+        return len(self._models)
 
     @cached_property
     def base(self) -> Tensor:
@@ -142,7 +153,8 @@ class Merge(Method):
     Attributes:
         needs_base: whether models are seen as differences to a base.
         models_allowed: least and most models besides the base; None is any number.
-        figures: names of settings that a search may vary, such as `scale`.
+        per_model: settings that may be a list with one number for each model; a search varies each by itself.
+        after_survey: settings that the survey does not look at, so that a search over them surveys once.
         own_vocabulary: whether models with other tokens are its own business (in `arrange`), so that they are neither
             refused nor mapped before.
     """
@@ -151,6 +163,8 @@ class Merge(Method):
     needs_base: ClassVar[bool] = True
     models_allowed: ClassVar[tuple[int, int | None]] = (1, None)
     own_vocabulary: ClassVar[bool] = False
+    per_model: ClassVar[frozenset[str]] = frozenset()
+    after_survey: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def reach(self) -> Reach:
@@ -184,13 +198,17 @@ class Merge(Method):
     def amend(self, lineup: Lineup, folder: Path) -> None:
         """Change what was copied into `folder`, which has not its final name yet."""
 
-    def findings(self, lineup: Lineup) -> list[Finding]:
+    def noticed(self, lineup: Lineup) -> list[Finding]:
         """What is noticed of these models by their names, shapes and configs."""
         return []
 
     def notes(self, found: Any) -> dict[str, Any]:
         """What of the survey belongs into the report (over `model`), json-able."""
         return {}
+
+    def findings(self, found: Any, models: Sequence[str]) -> list[Finding]:
+        """What of the survey (over `model`) the user should be told; `models` are their labels."""
+        return []
 
 
 class WholeModelMerge(Method):

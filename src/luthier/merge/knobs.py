@@ -54,11 +54,10 @@ def _checked(value: Any) -> Any:
 
 def _within(low: float, high: float, low_open: bool) -> Any:
     def check(knob: Knob) -> Knob:
-        for plain in knob.values() if isinstance(knob, Mapping) else [knob]:
-            for number in [plain] if isinstance(plain, float) else plain:
-                if not low <= number <= high or (low_open and number == low):
-                    bounds = f"{'above' if low_open else 'from'} {low:g} to {high:g}"
-                    raise ValueError(f"expected numbers {bounds}, got {number:g}")
+        for number in numbers_of(knob):
+            if not low <= number <= high or (low_open and number == low):
+                bounds = f"{'above' if low_open else 'from'} {low:g} to {high:g}"
+                raise ValueError(f"expected numbers {bounds}, got {number:g}")
         return knob
 
     return check
@@ -83,6 +82,13 @@ def value_of(setting: Knob, name: str, depth: Depth | None) -> float:
 def meets(pattern: str, name: str) -> bool:
     """Whether a pattern meets a tensor's name: plain text occurs in it; with `*`, `?` or `[` it fits the whole name."""
     return fnmatchcase(name, pattern) or (not set(pattern) & set("*?[") and pattern in name)
+
+
+def numbers_of(setting: Knob) -> list[float]:
+    """All numbers that stand in a setting."""
+    if isinstance(setting, Mapping):
+        return [number for plain in setting.values() for number in numbers_of(plain)]
+    return [setting] if isinstance(setting, float) else list(setting)
 
 
 def constant(setting: Knob) -> float | None:

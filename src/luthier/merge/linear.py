@@ -31,6 +31,8 @@ class Linear(Merge):
 
     method: Literal["linear"] = "linear"
     needs_base: ClassVar[bool] = False
+    per_model: ClassVar[frozenset[str]] = frozenset({"weights"})
+    after_survey: ClassVar[frozenset[str]] = frozenset({"weights", "normalise"})
     weights: tuple[knob(), ...] | None = None  # type: ignore[valid-type]
     normalise: bool = True
 

@@ -28,7 +28,6 @@ Wang et al. 2025, "LiNeS: Post-training Layer Scaling Prevents Forgetting and En
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -42,7 +41,7 @@ from luthier.merge.knobs import constant
 from luthier.merge.lineup import Lineup, MergedSource, Step
 from luthier.merge.sources import Source
 from luthier.methods import Method, build, find
-from luthier.weights.algebra import finite, lincomb, moved
+from luthier.weights.algebra import lincomb, moved
 from luthier.weights.depth import Depth, DepthOf
 
 _BEFORE = ("emb", "wte", "wpe", "pos_", "position", "patch", "cls_token", "class_token", "ln_pre", "pre_layernorm")
@@ -74,19 +73,12 @@ Inner = SerializeAsAny[
 ]
 
 
-@dataclass(frozen=True)
-class Slope:
-    """Factors along depth: alpha in the first block, alpha + beta in the last."""
-
-    alpha: float
-    beta: float
-
-
 class Lines(Merge):
     """Scale a change linearly with depth."""
 
     method: Literal["lines"] = "lines"
     paper: ClassVar[int | None] = 5
+    after_survey: ClassVar[frozenset[str]] = frozenset({"beta", "outside", "num_layers"})
     alpha: FiniteFloat | None = None
     beta: FiniteFloat | None = None
     inner: Inner = None
@@ -103,12 +95,12 @@ class Lines(Merge):
         return own + (self.inner.passes if isinstance(self.inner, Merge) else 0)
 
     def arrange(self, base: Source | None, models: Sequence[Source]) -> tuple[Source | None, list[Source]]:
-        """With an inner merge its outcome comes first, as one more model."""
+        """With an inner merge its outcome comes last, as one more model."""
         if not isinstance(self.inner, Merge) or base is None:
             return base, list(models)
         frame, arranged = self.inner.arrange(base if self.inner.needs_base else None, models)
         step = Step(self.inner, Lineup(frame, arranged))
-        return base, [MergedSource(step, f"{self.inner.method} of the models"), *models]
+        return base, [*models, MergedSource(step, f"{self.inner.method} of the models")]
 
     def check(self, shape: Shape) -> None:
         if self._originals(shape.models) > 1 and self.beta is None:
@@ -122,40 +114,40 @@ class Lines(Merge):
             if depth is not None:
                 self._depth(name, depth)
 
-    def survey(self, tiles: Tiles) -> Slope:
-        models = len(next(iter(tiles())).models)
+    def survey(self, tiles: Tiles) -> float:
+        """Alpha, where it has to be measured."""
+        models = next(iter(tiles())).count
         if self._originals(models) == 1:
-            return self._slope(models)
-        alpha = lines_alpha((checked(tile)[1:], tile.deltas[0]) for tile in tiles())
-        return Slope(alpha, self.beta if self.beta is not None else 1 - alpha)
+            return self._alpha(models)
+        return lines_alpha((tile.deltas[:-1], tile.deltas[-1]) for tile in tiles())
 
-    def combine(self, tile: Tile, found: Slope | None) -> Merged:
-        slope = found or self._slope(len(tile.models))
+    def combine(self, tile: Tile, found: float | None) -> Merged:
+        alpha = self._alpha(tile.count) if found is None else found
+        beta = 1 - alpha if self.beta is None else self.beta
         depth = self._depth(tile.name, tile.depth) if tile.depth is not None else None
-        scale = scale_at(tile.name, depth, slope.alpha, slope.beta, self.outside)
+        scale = scale_at(tile.name, depth, alpha, beta, self.outside)
         used = tile.deltas if scale else torch.zeros_like(tile.deltas)
         if scale == 1 and len(tile.models) == 1:
             return Merged(tile.models[0], used, {"scale": scale})
-        tau = tile.deltas[0] if self.inner is not None else lincomb(tile.deltas, [1.0] * len(tile.deltas))
+        tau = tile.deltas[-1] if self.inner is not None else lincomb(tile.deltas, [1.0] * len(tile.deltas))
         return Merged(moved(tile.base, scale * tau), used, {"scale": scale})
 
-    def findings(self, lineup: Lineup) -> list[Finding]:
+    def noticed(self, lineup: Lineup) -> list[Finding]:
         if any(lineup.depth_of(name) for name in lineup.names):
             return []
         text = "no tensor stands in a block, so all changes are scaled by alpha alone"
         return [Finding(level="warn", code="merge.no_blocks", message=text)]
 
-    def notes(self, found: Slope) -> dict[str, Any]:
-        return {"alpha": found.alpha, "beta": found.beta}
+    def notes(self, found: float) -> dict[str, Any]:
+        return {"alpha": found}
 
     def _originals(self, models: int) -> int:
         return models - 1 if self.inner is not None else models
 
-    def _slope(self, models: int) -> Slope:
-        """Where nothing has to be measured: alpha is given, or one model's default, or the sum's 1/N."""
+    def _alpha(self, models: int) -> float:
+        """Where nothing has to be measured: it is given, or one model's default, or the sum's 1/N."""
         count = self._originals(models)
-        alpha = self.alpha if self.alpha is not None else 0.1 if count == 1 else 1 / count
-        return Slope(alpha, self.beta if self.beta is not None else 1 - alpha)
+        return self.alpha if self.alpha is not None else 0.1 if count == 1 else 1 / count
 
     def _depth(self, name: str, depth: Depth) -> Depth:
         count = depth.count if self.num_layers == "auto" else self.num_layers
@@ -175,13 +167,6 @@ def scale_at(
     if outside == "depth" and not any(word in name.lower() for word in _BEFORE):
         return alpha + beta
     return alpha
-
-
-def checked(tile: Tile) -> Tensor:
-    """The changes of a tile; `InputError` that names the tensor if one is infinite or not a number."""
-    if not finite(tile.deltas):
-        raise InputError(f"{tile.name} holds values that are infinite or not numbers", fix="mend that model first")
-    return tile.deltas
 
 
 def layer_scale(

@@ -8,14 +8,13 @@ tensors that differ. A tied tensor that only some files spell out twice is count
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from luthier.errors import InputError
-from luthier.merge.base import Merge, Merged, Rows, Shape, Tile
+from luthier.merge.base import Merge, Merged, Rows, Shape, Tile, Tiles
 from luthier.merge.depth import depth_of
 from luthier.merge.sources import Source, blocks_of, config_of, matrix_shape
 from luthier.weights.depth import DepthOf
@@ -53,6 +52,8 @@ class Lineup:
             raise InputError(
                 f"{len(odd)} tensors are quantised ({some(odd)})", where=self.frame.label, fix="dequantise them first"
             )
+        if not merged:
+            raise InputError("holds no tensors of real numbers, so there is nothing to merge", where=self.frame.label)
         self.names = sorted(merged)
         self.copied = sorted(set(self.infos) - set(self.names))
         for source in everyone:
@@ -83,7 +84,7 @@ class Lineup:
         base = self.base.rows(name, start, stop) if self.base is not None else None
         place = self.places[name] + start * matrix_shape(info.shape)[1]
         models = [model.rows(name, start, stop) for model in self.models]
-        return Tile(name, place, self.depth_of(name), info.elements, base, models)
+        return Tile(name, place, self.depth_of(name), info.shape, base, models)
 
     def tiles(self, names: Iterable[str] | None = None) -> Iterator[Tile]:
         """All tiles of `names` (default: all that are merged), in order."""
@@ -93,10 +94,14 @@ class Lineup:
 
 
 class Step:
-    """One merge on one lineup; `prepare` makes its passes, then any rows can be had."""
+    """One merge on one lineup: its survey is made when first needed, then any rows can be had.
 
-    def __init__(self, method: Merge, lineup: Lineup):
-        self.method, self.lineup = method, lineup
+    Args:
+        keep: keep what the surveys of all tensors find, for `again`; else only that of the last tensor.
+    """
+
+    def __init__(self, method: Merge, lineup: Lineup, *, keep: bool = False):
+        self.method, self.lineup, self.keep = method, lineup, keep
         least, most = method.models_allowed
         count = len(lineup.models)
         if count < least or (most is not None and count > most):
@@ -105,27 +110,41 @@ class Step:
         if method.needs_base and lineup.base is None:
             raise InputError(f"{method.method} merges differences to a base, and none is given", fix="give --base")
         method.check(lineup.shape)
-        self._of_tensor: tuple[str, Any] | None = None
+        self._found: dict[str, Any] = {}  # by tensor; of a survey over the whole model under ""
 
-    @cached_property
+    def again(self, method: Merge) -> Step:
+        """The step with other settings, and with what was found if the survey does not look at those that differ."""
+        step = Step(method, self.lineup, keep=self.keep)
+        ours, theirs = self.method.model_dump(), method.model_dump()
+        if {name for name in ours | theirs if ours.get(name) != theirs.get(name)} <= method.after_survey:
+            step._found = self._found
+        return step
+
+    @property
     def found(self) -> Any:
         """What the survey of the whole model found."""
-        return self.method.survey(self.lineup.tiles) if self.method.reach == "model" else None
+        return self._survey("", self.lineup.tiles) if self.method.reach == "model" else None
+
+    def found_of(self, name: str) -> Any:
+        """What `combine` gets for one tensor."""
+        if self.method.reach == "tensor":
+            return self._survey(name, lambda: self.lineup.tiles([name]))
+        return self.found
+
+    def _survey(self, key: str, tiles: Tiles) -> Any:
+        if key not in self._found:
+            if not self.keep:
+                self._found.clear()
+            self._found[key] = self.method.survey(tiles)
+        return self._found[key]
 
     def merged(self, name: str, start: int, stop: int) -> Merged:
         """The outcome for these rows, float32."""
-        found = self.found
-        if self.method.reach == "tensor":
-            if self._of_tensor is None or self._of_tensor[0] != name:
-                self._of_tensor = name, self.method.survey(lambda: self.lineup.tiles([name]))
-            found = self._of_tensor[1]
-        return self.method.combine(self.lineup.tile(name, start, stop), found)
+        return self.method.combine(self.lineup.tile(name, start, stop), self.found_of(name))
 
     def tiles(self, name: str) -> Iterator[tuple[Tile, Merged]]:
         """All tiles of a tensor with their outcomes, as the last pass makes them."""
-        found = self.found
-        if self.method.reach == "tensor":
-            found = self.method.survey(lambda: self.lineup.tiles([name]))
+        found = self.found_of(name)
         for tile in self.lineup.tiles([name]):
             yield tile, self.method.combine(tile, found)
 

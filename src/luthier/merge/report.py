@@ -37,6 +37,11 @@ class Counter:
             self._squares[number] += square
         self._squares[-1] += float(tile.base.norm()) ** 2
         if len(merged.used) > 1:
+            speaking = merged.used.count_nonzero(0)
+            shared = about.setdefault("shared", [0, 0, 0])
+            for number in range(2):
+                shared[number] += int((speaking == number).count_nonzero())
+            shared[2] += int((speaking > 1).count_nonzero())
             opposed = (merged.used.amax(0) > 0) & (merged.used.amin(0) < 0)
             about["conflicts"] = about.get("conflicts", 0) + int(opposed.count_nonzero())
 
@@ -53,7 +58,8 @@ class Counter:
 
     def rows(self) -> dict[str, dict[str, Any]]:
         """Per tensor: elements, block, share kept and norm of each model's difference, share of places where kept
-        signs conflict, and what the merge itself says."""
+        signs conflict, shares of places where no model, one, or several kept something, and what the merge itself
+        says."""
         found = {}
         for name, about in sorted(self.tensors.items()):
             depth, size = self.depth_of(name), about["elements"]
@@ -63,6 +69,7 @@ class Counter:
                 row["norm"] = [math.sqrt(square) for square in about["squares"]]
             if "conflicts" in about:
                 row["conflict"] = about["conflicts"] / size
+                row["shared"] = [count / size for count in about["shared"]]
             found[name] = row | about["about"]
         return found
 
@@ -90,6 +97,8 @@ class Counter:
             found["kept"] = [count / size for count in kept]
         if conflicts:
             found["conflict"] = sum(conflicts) / size
+            shared = [about["shared"] for about in self.tensors.values() if "shared" in about]
+            found["shared"] = [sum(counts) / size for counts in zip(*shared, strict=True)]
         for about in self.tensors.values():
             for key, word in about["about"].items():
                 if isinstance(word, str):

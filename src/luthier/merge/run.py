@@ -35,6 +35,7 @@ from luthier.weights.depth import DepthOf
 from luthier.weights.writer import SHARD_BYTES, copy_others, refuse_filled, write_weights
 
 Say = Callable[[int, int], None]  # bytes read so far, of how many
+Look = Callable[[Tile, Merged], None]
 Vocabulary = Literal["refuse", "map"]
 
 
@@ -113,9 +114,15 @@ def lined_up(
 
 
 def write_step(
-    step: Step, out: Path | str | None, *, began: float, shard_bytes: int = SHARD_BYTES, say: Say = lambda *_: None
+    step: Step,
+    out: Path | str | None,
+    *,
+    began: float,
+    shard_bytes: int = SHARD_BYTES,
+    say: Say = lambda *_: None,
+    more: dict[str, Any] | None = None,
 ) -> MergeResult:
-    """Make the passes of a step and write or return its outcome with its report."""
+    """Make the passes of a step and write or return its outcome with its report, and what `more` it should tell."""
     lineup, method = step.lineup, step.method
     counter = Counter([model.label for model in lineup.models], lineup.depth_of)
     total, done = lineup.bytes * (method.passes + 1), 0
@@ -124,38 +131,61 @@ def write_step(
         done = lineup.bytes * method.passes
         say(done, total)
 
-    def pieces(name: str) -> Iterator[Tensor]:
+    def look(tile: Tile, merged: Merged) -> None:
         nonlocal done
-        if name not in lineup.places:
-            yield lineup.frame.whole(name)
-            return
-        dtype, share = lineup.infos[name].dtype, lineup.bytes / max(lineup.elements, 1)
-        with torch.no_grad():
-            for tile, merged in step.tiles(name):
-                _finite(tile, merged, lineup)
-                counter.add(tile, merged)
-                done += int(tile.models[0].numel() * share)
-                say(min(done, total), total)
-                yield merged.values.to(dtype)
+        counter.add(tile, merged)
+        done += int(tile.models[0].numel() * lineup.bytes / max(lineup.elements, 1))
+        say(min(done, total), total)
 
     tensors: dict[str, Tensor] = {}
     if out is None:
-        for name, info in lineup.infos.items():
-            tensors[name] = torch.cat([piece.reshape(-1) for piece in pieces(name)]).reshape(info.shape)
-        report = _report(step, counter, began)
+        tensors = merged_tensors(step, look)
+        report = _report(step, counter, began) | (more or {})
     else:
-        _room(Path(out), sum(info.bytes for info in lineup.infos.values()))
+        check_room(Path(out), lineup)
         with write_aside(Path(out)) as aside:
-            write_weights(aside, lineup.infos, pieces, shard_bytes=shard_bytes)
-            for folder in method.other_files(lineup):
-                copy_others(folder, aside)
-            method.amend(lineup, aside)
-            report = _report(step, counter, began)
+            write_merged(step, aside, look, shard_bytes=shard_bytes)
+            report = _report(step, counter, began) | (more or {})
             draw(report["tensors"], aside / "merge.svg")
             (aside / "merge.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     say(total, total)
-    noticed = [*method.findings(lineup), *counter.findings()]
-    return MergeResult(Path(out) if out is not None else None, tensors, report, noticed)
+    return MergeResult(Path(out) if out is not None else None, tensors, report, _findings(step, counter))
+
+
+def merged_tensors(step: Step, look: Look = lambda *_: None) -> dict[str, Tensor]:
+    """The outcome of a step in memory, in the types of its frame; `look` is called with every tile and its outcome."""
+    return {
+        name: torch.cat([piece.reshape(-1) for piece in _pieces(step, name, look)]).reshape(info.shape)
+        for name, info in step.lineup.infos.items()
+    }
+
+
+def write_merged(step: Step, folder: Path, look: Look = lambda *_: None, *, shard_bytes: int = SHARD_BYTES) -> None:
+    """The outcome of a step as weights, config and tokenizer in a folder that exists."""
+    write_weights(folder, step.lineup.infos, lambda name: _pieces(step, name, look), shard_bytes=shard_bytes)
+    for other in step.method.other_files(step.lineup):
+        copy_others(other, folder)
+    step.method.amend(step.lineup, folder)
+
+
+def _pieces(step: Step, name: str, look: Look) -> Iterator[Tensor]:
+    """A tensor of the outcome in pieces, in its stored type."""
+    lineup = step.lineup
+    if name not in lineup.places:
+        yield lineup.frame.whole(name)
+        return
+    with torch.no_grad():
+        for tile, merged in step.tiles(name):
+            _finite(tile, merged, lineup)
+            look(tile, merged)
+            yield merged.values.to(lineup.infos[name].dtype)
+
+
+def _findings(step: Step, counter: Counter) -> list[Finding]:
+    found = [*step.method.noticed(step.lineup), *counter.findings()]
+    if step.method.reach == "model":
+        found += step.method.findings(step.found, counter.models)
+    return found
 
 
 def _report(step: Step, counter: Counter, began: float) -> dict[str, Any]:
@@ -166,7 +196,7 @@ def _report(step: Step, counter: Counter, began: float) -> dict[str, Any]:
         "models": [_told(model) for model in lineup.models],
         "seconds": time.perf_counter() - began,
         "survey": step.method.notes(step.found) if step.method.reach == "model" else {},
-        "findings": [f.model_dump(mode="json") for f in (*step.method.findings(lineup), *counter.findings())],
+        "findings": [finding.model_dump(mode="json") for finding in _findings(step, counter)],
         "total": counter.totals(),
         "blocks": counter.blocks(),
         "tensors": counter.rows(),
@@ -188,18 +218,25 @@ def _told_apart(sources: Sequence[Source]) -> list[Source]:
 
 def _finite(tile: Tile, merged: Merged, lineup: Lineup) -> None:
     """`InputError` that names the model and the tensor, if anything holds infinities or not-a-numbers."""
+    _finite_models(tile, lineup)
+    if not finite(merged.values):
+        for other in lineup.tiles():  # of which a survey may have carried it here
+            _finite_models(other, lineup)
+        raise InputError(f"{tile.name} comes out infinite or not a number", fix="lower scale or the weights")
+
+
+def _finite_models(tile: Tile, lineup: Lineup) -> None:
     labels = [source.label for source in (lineup.base, *lineup.models) if source is not None]
     for label, values in zip(labels, tile.sides(), strict=True):
         if not finite(values):
             raise InputError(
                 f"{tile.name} holds values that are infinite or not numbers", where=label, fix="mend that model first"
             )
-    if not finite(merged.values):
-        raise InputError(f"{tile.name} comes out infinite or not a number", fix="lower scale or the weights")
 
 
-def _room(out: Path, needed: int) -> None:
+def check_room(out: Path, lineup: Lineup) -> None:
     """`InputError` before anything is written, if the disk has not room enough."""
+    needed = sum(info.bytes for info in lineup.infos.values())
     folder = next(parent for parent in out.absolute().parents if parent.exists())
     free = shutil.disk_usage(folder).free
     if free < needed:

@@ -63,6 +63,7 @@ class Slerp(Merge):
     paper: ClassVar[int | None] = 17
     needs_base: ClassVar[bool] = False
     models_allowed: ClassVar[tuple[int, int | None]] = (2, 2)
+    after_survey: ClassVar[frozenset[str]] = frozenset({"t", "norm", "dot_threshold"})
     t: knob(0.0, 1.0) = 0.5  # type: ignore[valid-type]
     norm: Literal["raw", "geometric"] = "raw"
     dot_threshold: float = Field(default=0.9995, ge=0, lt=1)

@@ -14,6 +14,7 @@ axis is the columns, a vector is one row, a single number one by one.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -145,9 +146,7 @@ class AdapterSource:
         base = self.base.rows(name, start, stop)
         if name not in self._factors:
             return Rows(lambda: base.values, torch.zeros_like)
-        left, right = self._factors[name]
-        change = left[start:stop] @ right
-        return Rows(lambda: base.values + change, lambda _: change)
+        return _product(base, *self._factors[name], start, stop)
 
     def digest(self) -> str:
         return content_hash(Weights.open(self.path))
@@ -173,12 +172,9 @@ class DeltaSource:
         if name not in self.delta.tensors:
             return Rows(lambda: base.values, torch.zeros_like)
         if isinstance(self.delta, LowRankDelta):
-            left, right = self.delta.factors(name)
-            change = left[start:stop] @ right
-            return Rows(lambda: base.values + change, lambda _: change)
+            return _product(base, *self.delta.factors(name), start, stop)
         columns = matrix_shape(self.infos[name].shape)[1]
-        part = self._elements(name, start * columns, stop * columns).view(-1, columns)
-        return Rows(lambda: part.float())
+        return Rows(lambda: self._elements(name, start * columns, stop * columns).view(-1, columns).float())
 
     def _elements(self, name: str, start: int, stop: int) -> Tensor:
         """Elements of the tuned tensor; goes on where the last call ended, or begins again."""
@@ -195,6 +191,16 @@ class DeltaSource:
 
     def digest(self) -> str:
         return self.delta.about["tuned"]
+
+
+def _product(base: Rows, left: Tensor, right: Tensor, start: int, stop: int) -> Rows:
+    """Rows of base + left @ right, whose difference is the product itself; nothing is computed until asked for."""
+
+    @cache
+    def change() -> Tensor:
+        return left[start:stop] @ right
+
+    return Rows(lambda: base.values + change(), lambda _: change())
 
 
 class AgainstSource:

@@ -14,7 +14,7 @@ Ilharco et al. 2023; the yardstick of Yadav et al. 2023 and others.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -28,6 +28,8 @@ class TaskArithmetic(Merge):
     """Base plus the weighted sum of differences."""
 
     method: Literal["task-arithmetic"] = "task-arithmetic"
+    per_model: ClassVar[frozenset[str]] = frozenset({"weights"})
+    after_survey: ClassVar[frozenset[str]] = frozenset({"scale", "weights"})
     scale: knob() = 0.4  # type: ignore[valid-type]
     weights: tuple[knob(), ...] | None = None  # type: ignore[valid-type]
 

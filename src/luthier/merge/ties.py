@@ -12,7 +12,8 @@ Where the kept differences of a weight cancel exactly, the sign that was elected
 taken (over the tensor for scope: tensor); if there is no majority, nothing changes there. Differences to the authors'
 code: exactly max(1, int(d * density)) entries are kept, the lower place winning a tie (`trim: reference` keeps as many
 as their code does: one more, and every tie); no majority elects nothing where theirs would keep the negative entries.
-`weights` (ours) multiply what was kept before the election and divide the mean.
+`weights` (ours) multiply what was kept before the election and divide the mean; that division would undo a negative
+one, so those are for `agg: sum` and `max`.
 
 When not to use it: if the tunings are dense and nearly orthogonal, `task-arithmetic` with a searched scale does as well
 (on digits it does better); with a single model it only trims.
@@ -28,14 +29,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from luthier.merge.base import Merge, Merged, Reach, Shape, Tile, Tiles
-from luthier.merge.knobs import knob
+from luthier.merge.knobs import knob, numbers_of
 from luthier.merge.weighting import check_weights, weights_at
 from luthier.weights.algebra import Agg, agree, elect, moved
-from luthier.weights.ranks import Cut, order_statistics, top_cuts
+from luthier.weights.ranks import EVERY, Cut, order_statistics, top_cuts
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ class Ties(Merge):
 
     method: Literal["ties"] = "ties"
     paper: ClassVar[int | None] = 85
+    per_model: ClassVar[frozenset[str]] = frozenset({"weights"})
+    after_survey: ClassVar[frozenset[str]] = frozenset({"scale", "agg"})
     density: float = Field(default=0.2, gt=0, le=1)
     scale: knob() = 1.0  # type: ignore[valid-type]
     weights: tuple[knob(), ...] | None = None  # type: ignore[valid-type]
@@ -64,7 +67,15 @@ class Ties(Merge):
 
     @property
     def passes(self) -> int:
-        return 4
+        return 1 if self.density == 1 and self.trim == "exact" else 4 if self.trim == "exact" else 3
+
+    @model_validator(mode="after")
+    def _mean_of_positive_weights(self) -> Ties:
+        if self.agg == "mean":
+            negative = [n for weight in self.weights or () for n in numbers_of(weight) if n < 0]
+            if negative:
+                raise ValueError(f"a mean takes no negative weight, got {negative[0]:g}; use agg: sum")
+        return self
 
     def check(self, shape: Shape) -> None:
         check_weights(self.weights, shape)
@@ -73,15 +84,15 @@ class Ties(Merge):
         def walk() -> Iterator[tuple[int, Tensor]]:
             return ((tile.place, tile.deltas.abs()) for tile in tiles())
 
-        if self.density == 1 and self.trim == "exact":
-            cuts = [Cut(float("-inf"), 0)] * next(iter(tiles())).deltas.shape[0]
+        about = {tile.name: (tile.size, tile.count) for tile in tiles()}  # no numbers are read
+        total, count = sum(size for size, _ in about.values()), next(iter(about.values()))[1]
+        kept = int(total * self.density)
+        if kept == total and self.trim == "exact":
+            cuts = [Cut(float("-inf"), EVERY)] * count
         elif self.trim == "exact":
-            total = sum(tile.base.numel() for tile in tiles())
-            cuts = [row[0] for row in top_cuts(walk, [max(1, int(total * self.density))])]
-        else:
-            total = sum(tile.base.numel() for tile in tiles())
-            smallest = total - int(total * self.density)  # 1-based rank of the threshold among all magnitudes
-            cuts = [Cut(float(v), 2**63 - 1) for v in order_statistics(walk, [max(smallest, 1) - 1])[:, 0]]
+            cuts = [row[0] for row in top_cuts(walk, [max(1, kept)])]
+        else:  # 1-based rank of the threshold among all magnitudes, ascending: total - kept
+            cuts = [Cut(float(value), EVERY) for value in order_statistics(walk, [max(total - kept, 1) - 1])[:, 0]]
         balance = sum(float(elect(self._trimmed(tile, cuts)).sum(dtype=torch.float64)) for tile in tiles())
         return Found(cuts, int(balance > 0) - int(balance < 0))
 

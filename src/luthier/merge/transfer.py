@@ -129,7 +129,7 @@ class Transfer(Merge):
                     section[key] = value
             path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
-    def findings(self, lineup: Lineup) -> list[Finding]:
+    def noticed(self, lineup: Lineup) -> list[Finding]:
         if not isinstance(lineup.base, PaddedSource):
             return []
         found, target, tuned = [], self._target(lineup), lineup.models[0]

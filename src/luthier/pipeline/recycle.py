@@ -4,7 +4,7 @@
 
 For bases of one architecture in the order of their release (algorithm 1 of Lin et al. 2025): the first is tuned as it
 is; every later one starts with what the tuned one before it had over its own base. So a tuning is paid for once and
-only refreshed. `mode: direct` takes the difference from a plain tuning of the base before the last, without the history.
+only refreshed. `mode: direct` takes the difference from a plain tuning of the base before the last, without history.
 
 Bases are folders (then `out` keeps starts and deltas, and `tune` goes from folder to folder), modules, or mappings of
 tensors. They stay unchanged: a module is copied before it is tuned.

@@ -23,11 +23,13 @@ from torch import Tensor
 
 Walk = Callable[[], Iterable[tuple[int, Tensor]]]  # each call starts over: (place of the first element, (K, n) float32)
 _BINS = 1 << 16
+EVERY = 2**63 - 1  # a place behind all others
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Which numbers are above a rank: those larger than `value`, and of those equal to it the ones before `place`."""
+    """Which numbers are above a rank: those larger than `value`, and of those equal to it the ones before `place`
+    (all of them if it is `EVERY`)."""
 
     value: float
     place: int
@@ -75,9 +77,9 @@ def top_cuts(walk: Walk, counts: Sequence[int]) -> list[list[Cut]]:
             if count <= 0:
                 value = float("inf")
             elif count >= total:
-                value = float("-inf")
+                value, place = float("-inf"), EVERY
             elif ties >= int(equal[row, column]):
-                place = total + 1  # every number that equals it
+                place = EVERY
             else:
                 wanted[row, column] = ties
             cuts[row].append(Cut(value, place))
