@@ -22,6 +22,7 @@ _WHERE = {
     "plan": "luthier.pipeline.plan",
     "resume": "luthier.pipeline.run",
     "fit": "luthier.pipeline.inline",
+    "recycle": "luthier.pipeline.recycle",
     "merge_search": "luthier.merge.search",
     "Recipe": "luthier.pipeline.recipe",
     "Method": "luthier.methods",
@@ -45,6 +46,7 @@ __all__ = [
     "merge",
     "merge_search",
     "plan",
+    "recycle",
     "resume",
     "run",
 ]
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
     from luthier.pipeline.inline import fit
     from luthier.pipeline.plan import plan
     from luthier.pipeline.recipe import Recipe
+    from luthier.pipeline.recycle import recycle
     from luthier.pipeline.run import resume, run
 
 

@@ -26,6 +26,7 @@ class Row:
         same: settings under which K copies of a model give that model; None if there are none.
         ordered: whether the order of the models matters.
         count: models it is tried on.
+        takes_base: name of a setting that takes the base too.
     """
 
     settings: dict[str, Any]
@@ -34,6 +35,7 @@ class Row:
     same: dict[str, Any] | None = field(default_factory=dict)
     ordered: bool = False
     count: int = 3
+    takes_base: str | None = None
 
     def __str__(self):
         return "-".join(str(value) for value in self.settings.values())
@@ -47,6 +49,21 @@ TABLE = [
     Row({"method": "ties"}, identity={"density": 1.0}, same={"density": 1.0}),
     Row({"method": "ties", "scope": "tensor"}, identity={"density": 1.0}, same={"density": 1.0}),
     Row({"method": "ties", "agg": "max", "trim": "reference"}, identity={"density": 1.0}, same={"density": 1.0}),
+    Row(
+        {"method": "lines", "beta": 0.5},
+        identity={"alpha": 1.0, "beta": 0.0},
+        nothing={"alpha": 0.0, "beta": 0.0},
+        same={"alpha": 1 / 3, "beta": 0.0},
+    ),
+    Row(
+        {"method": "lines", "beta": 0.5, "inner": {"method": "ties"}},
+        identity={"alpha": 1.0, "beta": 0.0, "inner": {"method": "ties", "density": 1.0}},
+        nothing={"alpha": 0.0, "beta": 0.0},
+        same={"alpha": 1.0, "beta": 0.0, "inner": {"method": "ties", "density": 1.0}},
+    ),
+    Row({"method": "slerp"}, identity=None, nothing=None, count=2),
+    Row({"method": "slerp", "norm": "geometric", "t": (0.2, 0.6)}, None, None, ordered=True, count=2),
+    Row({"method": "transfer", "source_base": "old"}, count=1, takes_base="source_base"),
     Row({"method": "breadcrumbs"}, identity=EVERYTHING | {"scale": 1.0}, same=EVERYTHING | {"scale": 1 / 3}),
     Row(
         {"method": "breadcrumbs", "scope": "row", "order": "keep_first"},
@@ -63,6 +80,8 @@ ROWS = pytest.mark.parametrize("row", TABLE, ids=str)
 def run(row, base, models, out=None, **settings):
     kind = find("merge", row.settings["method"])
     given = {"base": base} if kind.needs_base else {}
+    if row.takes_base:
+        settings[row.takes_base] = base
     return lt.merge(row.settings | settings, models=models, out=out, **given)
 
 
@@ -154,7 +173,7 @@ def test_files_give_what_memory_gives(row, tmp_path, models):
     written = {name: tensor.clone() for name, tensor in Weights.open(tmp_path / "merged").items()}
     assert equal(written, run(row, base, several).tensors)
     assert (tmp_path / "merged/merge.json").is_file()
-    assert [told["name"] for told in result.report["models"]] == [str(path) for path in paths[1:]]
+    assert [told["name"] for told in result.report["models"]][: row.count] == [str(path) for path in paths[1:]]
 
 
 @ROWS

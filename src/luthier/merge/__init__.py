@@ -17,9 +17,12 @@ from typing import TYPE_CHECKING, Any
 METHODS = {
     "breadcrumbs": "luthier.merge.breadcrumbs:Breadcrumbs",
     "linear": "luthier.merge.linear:Linear",
+    "lines": "luthier.merge.lines:Lines",
     "pcb": "luthier.merge.pcb:Pcb",
+    "slerp": "luthier.merge.slerp:Slerp",
     "task-arithmetic": "luthier.merge.task_arithmetic:TaskArithmetic",
     "ties": "luthier.merge.ties:Ties",
+    "transfer": "luthier.merge.transfer:Transfer",
 }
 
 _WHERE = {

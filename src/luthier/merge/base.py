@@ -20,7 +20,7 @@ models of another, without ever being written (see `sources.MergedSource`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -145,10 +145,13 @@ class Merged:
         values: (rows, columns) float32, rounded by the caller to the type of the tensor.
         used: (K, rows, columns): what of each model's difference went in, 0 where nothing did; for the report (share
             kept, share of places where signs conflict). None if the method works on models and not on differences.
+        about: what the report says of this tensor besides: numbers (given by block too) and words (counted over all
+            tensors); the same for all its tiles.
     """
 
     values: Tensor
     used: Tensor | None = None
+    about: Mapping[str, float | str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -174,11 +177,14 @@ class Merge(Method):
         models_allowed: least and most models besides the base; None is any number.
         per_model: settings that may be a list with one number for each model; a search varies each by itself.
         after_survey: settings that the survey does not look at, so that a search over them surveys once.
+        own_vocabulary: whether models with other tokens are its own business (in `arrange`), so that they are neither
+            refused nor mapped before.
     """
 
     room: ClassVar[str] = "merge"
     needs_base: ClassVar[bool] = True
     models_allowed: ClassVar[tuple[int, int | None]] = (1, None)
+    own_vocabulary: ClassVar[bool] = False
     per_model: ClassVar[frozenset[str]] = frozenset()
     after_survey: ClassVar[frozenset[str]] = frozenset()
 
@@ -192,7 +198,8 @@ class Merge(Method):
         return 0
 
     def arrange(self, base: Source | None, models: Sequence[Source]) -> tuple[Source | None, list[Source]]:
-        """The base and the models as this merge wants them: in another order, padded, with one more. Called first."""
+        """The base and the models as this merge wants them: in another order, padded, with one more. Called before
+        they are lined up, and after their vocabularies are brought together."""
         return base, list(models)
 
     def check(self, shape: Shape) -> None:
@@ -209,6 +216,13 @@ class Merge(Method):
     def other_files(self, lineup: Lineup) -> list[Path]:
         """Folders whose config, tokenizer and other files go with the outcome; a later one's replace an earlier's."""
         return [lineup.frame.folder] if lineup.frame.folder is not None else []
+
+    def amend(self, lineup: Lineup, folder: Path) -> None:
+        """Change what was copied into `folder`, which has not its final name yet."""
+
+    def noticed(self, lineup: Lineup) -> list[Finding]:
+        """What is noticed of these models by their names, shapes and configs."""
+        return []
 
     def notes(self, found: Any) -> dict[str, Any]:
         """What of the survey belongs into the report (over `model`), json-able."""

@@ -73,10 +73,15 @@ def value_of(setting: Knob, name: str, depth: Depth | None) -> float:
     """The number that `setting` means for one tensor; `InputError` if none of its patterns meets the name."""
     if isinstance(setting, Mapping):
         for pattern, plain in setting.items():
-            if fnmatchcase(name, pattern) or (not set(pattern) & set("*?[") and pattern in name):
+            if meets(pattern, name):
                 return value_of(plain, name, depth)
         raise InputError(f"no pattern meets {name!r}", where=", ".join(setting), fix='end with "*" for all others')
     return setting if isinstance(setting, float) else anchored(setting, depth)
+
+
+def meets(pattern: str, name: str) -> bool:
+    """Whether a pattern meets a tensor's name: plain text occurs in it; with `*`, `?` or `[` it fits the whole name."""
+    return fnmatchcase(name, pattern) or (not set(pattern) & set("*?[") and pattern in name)
 
 
 def numbers_of(setting: Knob) -> list[float]:

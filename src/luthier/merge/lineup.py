@@ -7,7 +7,7 @@ tensors that differ. A tied tensor that only some files spell out twice is count
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -161,7 +161,7 @@ class MergedSource:
 
     def __init__(self, step: Step, label: str):
         self.step, self.label, self.folder = step, label, step.lineup.frame.folder
-        self.infos = step.lineup.infos
+        self.infos: Mapping[str, Info] = step.lineup.infos
 
     def rows(self, name: str, start: int, stop: int) -> Rows:
         return Rows(lambda: self.step.merged(name, start, stop).values)

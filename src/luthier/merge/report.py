@@ -25,12 +25,16 @@ class Counter:
 
     def add(self, tile: Tile, merged: Merged) -> None:
         """Count a tile; only what its merge says was used of each difference."""
-        about = self.tensors.setdefault(tile.name, {"elements": tile.size, "kept": [0] * len(self.models)})
+        fresh = {"elements": tile.size, "kept": [0] * len(self.models), "squares": [0.0] * len(self.models)}
+        about = self.tensors.setdefault(tile.name, fresh)
+        about["about"] = dict(merged.about)
         if merged.used is None:
             return
         for number, used in enumerate(merged.used):
             about["kept"][number] += int(used.count_nonzero())
-            self._squares[number] += float(tile.deltas[number].norm()) ** 2
+            square = float(tile.deltas[number].norm()) ** 2
+            about["squares"][number] += square
+            self._squares[number] += square
         self._squares[-1] += float(tile.base.norm()) ** 2
         if len(merged.used) > 1:
             speaking = merged.used.count_nonzero(0)
@@ -53,19 +57,35 @@ class Counter:
         return found
 
     def rows(self) -> dict[str, dict[str, Any]]:
-        """Per tensor: elements, share kept of each model, share of places where kept signs conflict, shares of places
-        where no model, one, or several kept something, block."""
+        """Per tensor: elements, block, share kept and norm of each model's difference, share of places where kept
+        signs conflict, shares of places where no model, one, or several kept something, and what the merge itself
+        says."""
         found = {}
         for name, about in sorted(self.tensors.items()):
             depth, size = self.depth_of(name), about["elements"]
             row: dict[str, Any] = {"elements": size, "block": depth.index if depth else None}
             if any(about["kept"]):
                 row["kept"] = [count / size for count in about["kept"]]
+                row["norm"] = [math.sqrt(square) for square in about["squares"]]
             if "conflicts" in about:
                 row["conflict"] = about["conflicts"] / size
                 row["shared"] = [count / size for count in about["shared"]]
-            found[name] = row
+            found[name] = row | about["about"]
         return found
+
+    def blocks(self) -> dict[str, dict[int, Any]]:
+        """By block: the norm of each model's difference, and the means (by elements) of what the merge itself says."""
+        rows = self.rows()
+        squares: dict[int, list[float]] = {}
+        for name, row in rows.items():
+            if row["block"] is not None and "norm" in row:
+                before = squares.get(row["block"], [0.0] * len(self.models))
+                squares[row["block"]] = [a + b for a, b in zip(before, self.tensors[name]["squares"], strict=True)]
+        found: dict[str, dict[int, Any]] = {}
+        if squares:
+            found["norm"] = {block: [math.sqrt(s) for s in sums] for block, sums in sorted(squares.items())}
+        said = {key: value for about in self.tensors.values() for key, value in about["about"].items()}
+        return found | {key: _by_block(rows, key) for key, value in said.items() if not isinstance(value, str)}
 
     def totals(self) -> dict[str, Any]:
         """The same over all tensors."""
@@ -79,6 +99,11 @@ class Counter:
             found["conflict"] = sum(conflicts) / size
             shared = [about["shared"] for about in self.tensors.values() if "shared" in about]
             found["shared"] = [sum(counts) / size for counts in zip(*shared, strict=True)]
+        for about in self.tensors.values():
+            for key, word in about["about"].items():
+                if isinstance(word, str):
+                    counts = found.setdefault(key, {})
+                    counts[word] = counts.get(word, 0) + 1
         return found
 
 

@@ -107,8 +107,9 @@ def lined_up(
         raise InputError("there is no model to merge", where="models")
     frame = open_source(base, None) if base is not None else None
     opened = _told_apart([open_source(model, frame) for model in models])
+    if not method.own_vocabulary:
+        opened = same_vocabulary(frame or opened[0], opened, vocabulary)
     frame, opened = method.arrange(frame, opened)
-    opened = same_vocabulary(frame or opened[0], opened, vocabulary)
     return Lineup(frame, opened, depth_of)
 
 
@@ -164,6 +165,7 @@ def write_merged(step: Step, folder: Path, look: Look = lambda *_: None, *, shar
     write_weights(folder, step.lineup.infos, lambda name: _pieces(step, name, look), shard_bytes=shard_bytes)
     for other in step.method.other_files(step.lineup):
         copy_others(other, folder)
+    step.method.amend(step.lineup, folder)
 
 
 def _pieces(step: Step, name: str, look: Look) -> Iterator[Tensor]:
@@ -180,9 +182,10 @@ def _pieces(step: Step, name: str, look: Look) -> Iterator[Tensor]:
 
 
 def _findings(step: Step, counter: Counter) -> list[Finding]:
-    if step.method.reach != "model":
-        return counter.findings()
-    return counter.findings() + step.method.findings(step.found, counter.models)
+    found = [*step.method.noticed(step.lineup), *counter.findings()]
+    if step.method.reach == "model":
+        found += step.method.findings(step.found, counter.models)
+    return found
 
 
 def _report(step: Step, counter: Counter, began: float) -> dict[str, Any]:
@@ -195,6 +198,7 @@ def _report(step: Step, counter: Counter, began: float) -> dict[str, Any]:
         "survey": step.method.notes(step.found) if step.method.reach == "model" else {},
         "findings": [finding.model_dump(mode="json") for finding in _findings(step, counter)],
         "total": counter.totals(),
+        "blocks": counter.blocks(),
         "tensors": counter.rows(),
     }
 

@@ -3,6 +3,8 @@
     StoredSource     a folder or file of weights, or tensors in memory
     AdapterSource    a LoRA adapter of PEFT on a base: base + scale B A, merged as the product, never factor by factor
     DeltaSource      a delta on its base
+    AgainstSource    a model whose difference is taken to a base of its own, not to that of the merge
+    PaddedSource     another one with rows of zeros at the end of some tensors
     MappedSource     another one whose vocabulary was brought into the order of the base's (see `vocabulary`)
 
 (A merge that has not been written is one too: `luthier.merge.lineup.MergedSource`.) Tensors are matrices here: the last
@@ -24,6 +26,7 @@ from luthier.merge.base import Rows
 from luthier.models.checkpoint import read_json
 from luthier.weights import Delta, Weights, content_hash
 from luthier.weights.adapter import LowRankDelta, factors_of
+from luthier.weights.algebra import finite
 from luthier.weights.info import Info, infos_of
 
 LET_GO = 2**24  # bytes of a mapped tensor that were read before their pages are let go
@@ -207,6 +210,75 @@ def _product(base: Rows, left: Tensor, right: Tensor, start: int, stop: int) -> 
         return left[start:stop] @ right
 
     return Rows(lambda: base.values + change(), change)
+
+
+class AgainstSource:
+    """A model whose difference is that to `own_base`, whatever base the merge has: values - own_base, float32.
+
+    Both must hold the same tensors of the same shapes (line them up first).
+    """
+
+    def __init__(self, inner: Source, own_base: Source):
+        self.inner, self.own_base = inner, own_base
+        self.label, self.folder, self.infos = inner.label, inner.folder, inner.infos
+
+    def whole(self, name: str) -> Tensor:
+        return self.inner.whole(name)
+
+    def rows(self, name: str, start: int, stop: int) -> Rows:
+        ours = self.inner.rows(name, start, stop)
+        theirs = self.own_base.rows(name, start, stop)
+
+        def change() -> Tensor:
+            if not finite(theirs.values):
+                what = f"{name} holds values that are infinite or not numbers"
+                raise InputError(what, where=self.own_base.label, fix="mend that model first")
+            return ours.values - theirs.values
+
+        return Rows(lambda: ours.values, change)
+
+    def digest(self) -> str:
+        return f"{self.inner.digest()}-{self.own_base.digest()}"
+
+
+class PaddedSource:
+    """A source with zeros after the last row of some tensors (after the last element of vectors).
+
+    Args:
+        rows: name -> how many rows it shall have.
+        folder: where the config and tokenizer are that fit the padded shapes.
+    """
+
+    def __init__(self, inner: Source, rows: Mapping[str, int], folder: Path | None):
+        self.inner, self.label, self.folder = inner, inner.label, folder
+        self.padded = dict(rows)
+        self.infos: Mapping[str, Info] = {
+            name: Info(info.dtype, (rows[name], *info.shape[1:])) if name in rows else info
+            for name, info in inner.infos.items()
+        }
+
+    def whole(self, name: str) -> Tensor:
+        tensor = self.inner.whole(name)
+        if name not in self.padded:
+            return tensor
+        return torch.cat([tensor, tensor.new_zeros(self.padded[name] - len(tensor), *tensor.shape[1:])])
+
+    def rows(self, name: str, start: int, stop: int) -> Rows:
+        if name not in self.padded:
+            return self.inner.rows(name, start, stop)
+
+        def values() -> Tensor:
+            shape = self.inner.infos[name].shape
+            if len(shape) == 1:  # a vector is one row
+                there = self.inner.rows(name, start, stop).values
+                return torch.nn.functional.pad(there, (0, self.padded[name] - shape[0]))
+            there = self.inner.rows(name, min(start, shape[0]), min(stop, shape[0])).values
+            return torch.nn.functional.pad(there, (0, 0, 0, stop - start - len(there)))
+
+        return Rows(values)
+
+    def digest(self) -> str:
+        return self.inner.digest()
 
 
 class MappedSource:
