@@ -18,6 +18,7 @@ METHODS = {
     "linear": "luthier.merge.linear:Linear",
     "task-arithmetic": "luthier.merge.task_arithmetic:TaskArithmetic",
     "ties": "luthier.merge.ties:Ties",
+    "pleas": "luthier.merge.pleas:Pleas",
 }
 
 _WHERE = {
