@@ -10,9 +10,11 @@ Two networks that were trained apart compute alike with their units in another o
 
 ratio 0 keeps the width, 1 runs both models side by side and averages their outputs. `budget` sets the ratios instead:
 so many times the multiplications, spent where units are least alike for their cost. (That counts what must be computed;
-the outcome is an ordinary module, which also multiplies the blocks of zeros: `parameters` in the report.) A head with the same labels is one
-more layer; with `heads: stack` the outputs are A's labels followed by B's, and each half reads its own model's units
-(the paper also trains a linear probe on the merged features, which needs labels and is left to a training afterwards).
+the outcome is an ordinary module, which multiplies the blocks of zeros too: `parameters` in the report.)
+
+A head with the same labels is one more layer. With `heads: stack` the outputs are A's labels followed by B's, and each
+half reads its own model's units (the paper also trains a linear probe on the merged features, which needs labels and is
+left to a training afterwards).
 
 `matching: none` is RegMean (Jin et al. 2023): no permutation, and the rows of both models below each other in step 3.
 `matching: weight` with `solver: none` is Git Re-Basin.
@@ -60,6 +62,7 @@ from luthier.merge.permute.units import (
     merged_tensors,
 )
 from luthier.models.checkpoint import read_json
+from luthier.models.quiet import quiet
 from luthier.weights.depth import Depth
 from luthier.weights.info import some
 
@@ -153,7 +156,8 @@ class Pleas(WholeModelMerge):
     ) -> dict[str, float]:
         if self.budget is not None:
             found = budget.costs(a, b, groups, batches)
-            return budget.ratios(groups, matchings, found, self.budget, widen.possible(a, groups))
+            free = [family for family, at in widen.possible(a, groups).items() if at == "any ratio"]
+            return budget.ratios(groups, matchings, found, self.budget, free)
         ratios = {n: value_of(self.ratio, n, Depth(*group.depth)) for n, group in groups.groups.items()}
         rigid = [name for name, group in groups.groups.items() if group.rigid and ratios[name] > 0]
         if rigid:
@@ -197,17 +201,21 @@ def rebuild(folder: Path | str, like: nn.Module | None = None) -> nn.Module:
     """The merged model that was written to `folder`, in evaluation mode.
 
     Args:
-        like: of a plain module any one of the original architecture (its weights do not matter); a model of
-            transformers needs none.
+        like: of a plain module any one of the original architecture (its weights do not matter); a model that
+            transformers has a class for needs none.
     """
     folder = Path(folder)
     if not (folder / RECORD).is_file():
         raise InputError(f"holds no {RECORD}", where=str(folder), fix="give the folder of a merge by pleas")
     record = read_json(folder / RECORD)
-    if record["transformers"]:
-        from luthier.models import ModelSettings, load
+    if record["transformers"] is not None:
+        import transformers
 
-        return load(ModelSettings(base=str(folder))).model
+        kind = getattr(transformers, record["transformers"], type(like) if like is not None else None)
+        if kind is None:
+            raise InputError(f"{record['transformers']} is not in transformers", where=str(folder), fix="give `like`")
+        with quiet():
+            return kind.from_pretrained(folder).eval()
     if like is None:
         raise InputError("it is a plain module", where=str(folder), fix="give one of its architecture as `like`")
     model = widen.plain(like, record["shapes"])
@@ -235,7 +243,7 @@ def _record(a: Any, tensors: Mapping[str, Tensor], splits: Mapping[str, Split]) 
     """`pleas.json`: the units of each group in their new order, and the shapes that are not A's."""
     shapes = {n: list(t.shape) for n, t in a.state_dict().items()}
     return {
-        "transformers": hasattr(a, "save_pretrained"),
+        "transformers": type(a).__name__ if hasattr(a, "save_pretrained") else None,
         "groups": {
             name: {
                 "width": split.width,

@@ -9,7 +9,7 @@ tells what may be wider.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -85,25 +85,29 @@ def widened(
     return found.eval()
 
 
-def possible(model: nn.Module, groups: Groups) -> list[str]:
-    """The families of groups that may become wider in a module of this kind."""
+def possible(model: nn.Module, groups: Groups) -> dict[str, str]:
+    """The families of groups that may become wider in a module of this kind: at `any ratio`, or at `ratio 1` only."""
     families = list(dict.fromkeys(g.family for g in groups.groups.values()))
     rigid = {g.family for g in groups.groups.values() if g.rigid}
-    free = [family for family in families if family not in rigid]
-    if not isinstance(model, PreTrainedModel):
-        return free
-    found = []
-    for family in free:
-        widths = {n: g.units * (2 if g.family == family else 1) for n, g in groups.groups.items()}
-        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        for name, axes in groups.axes.items():
-            shape = list(shapes[name])
-            for axis, stretches in axes.items():
-                shape[axis] = sum((s.units if s.group is None else widths[s.group]) * s.size for s in stretches)
-            shapes[name] = tuple(shape)
-        if _config(model, shapes, groups, widths) is not None:
-            found.append(family)
+    found = {}
+    for family in (f for f in families if f not in rigid):
+        if not isinstance(model, PreTrainedModel) or _fits(model, groups, family, lambda units: units + 1):
+            found[family] = "any ratio"
+        elif _fits(model, groups, family, lambda units: 2 * units):
+            found[family] = "ratio 1"
     return found
+
+
+def _fits(model: PreTrainedModel, groups: Groups, family: str, wider: Callable[[int], int]) -> bool:
+    """Whether there is a config of `model` with the groups of one family as wide as `wider` says."""
+    widths = {n: wider(g.units) if g.family == family else g.units for n, g in groups.groups.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name, axes in groups.axes.items():
+        shape = list(shapes[name])
+        for axis, stretches in axes.items():
+            shape[axis] = sum((s.units if s.group is None else widths[s.group]) * s.size for s in stretches)
+        shapes[name] = tuple(shape)
+    return _config(model, shapes, groups, widths) is not None
 
 
 def _rebuilt(
@@ -117,8 +121,9 @@ def _rebuilt(
     config = _config(model, shapes, groups, widths, labels)
     if config is None:
         may = possible(model, groups)
-        told = f"only {', '.join(may)}, equally in all blocks" if may else "none of its groups"
-        ratio = ", ".join([f"{family}: 0.5" for family in may] + ['"*": 0'])
+        listed = ", ".join(f"{family} at {ratio}" for family, ratio in may.items())
+        told = f"only {listed}, equally in all blocks" if may else "none of its groups"
+        ratio = ", ".join([f"{family}: {'1' if at == 'ratio 1' else '0.5'}" for family, at in may.items()] + ['"*": 0'])
         raise InputError(
             f"{type(model).__name__} has no config for these widths: wider may be {told}",
             where="ratio",
@@ -158,6 +163,8 @@ def _config(
         config.id2label = dict(enumerate(labels))
         config.label2id = {name: number for number, name in config.id2label.items()}
     try:
+        if hasattr(config, "validate"):  # what saving would ask for
+            config.validate()
         with quiet(), torch.device("meta"):
             built = type(model)(config)
     except Exception:  # a config that the architecture's own checks refuse, each with an error of its own
