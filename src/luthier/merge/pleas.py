@@ -211,7 +211,7 @@ def rebuild(folder: Path | str, like: nn.Module | None = None) -> nn.Module:
     if record["transformers"] is not None:
         import transformers
 
-        kind = getattr(transformers, record["transformers"], type(like) if like is not None else None)
+        kind: Any = getattr(transformers, record["transformers"], type(like) if like is not None else None)
         if kind is None:
             raise InputError(f"{record['transformers']} is not in transformers", where=str(folder), fix="give `like`")
         with quiet():

@@ -133,7 +133,7 @@ def _rebuilt(
         found = type(model)(config)
     if found.can_generate() and getattr(model, "generation_config", None) is not None:
         found.generation_config = copy.deepcopy(model.generation_config)
-    return found.to(device=model.device, dtype=model.dtype)  # type: ignore[arg-type]
+    return nn.Module.to(found, model.device, model.dtype)
 
 
 def _config(
