@@ -80,7 +80,24 @@ def neox():
     return GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, num_attention_heads=4, max_position_embeddings=32, **tokens))
 
 
-KINDS = {"dense": dense, "residual": Residual, "llama": llama, "gpt2": gpt2, "neox": neox}
+class Mixed(nn.Module):
+    """A gate from pooled channels, a convolution of each channel by itself, a concatenation, layer norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(2, 6, 3, padding=1), nn.Conv2d(2, 4, 1)
+        self.each, self.gate = nn.Conv2d(6, 6, 3, padding=1, groups=6), nn.Conv2d(6, 6, 1)
+        self.join, self.last = nn.Conv2d(10, 8, 3, stride=2), nn.Linear(8, 7)
+        self.norm, self.head = nn.LayerNorm(7), nn.Linear(7, 3)
+
+    def forward(self, x):
+        y = nn.functional.silu(self.each(self.one(x)))
+        y = y * torch.sigmoid(self.gate(y.mean((2, 3), keepdim=True)))
+        y = self.join(torch.cat([y, torch.tanh(self.two(x))], 1))
+        return self.head(self.norm(torch.relu(self.last(y.mean((2, 3))))))
+
+
+KINDS = {"mixed": Mixed, "dense": dense, "residual": Residual, "llama": llama, "gpt2": gpt2, "neox": neox}
 EVERY = pytest.mark.parametrize("kind", KINDS)
 PLAIN = pytest.mark.parametrize("kind", ["dense", "residual"])
 
@@ -104,7 +121,7 @@ def data(kind, batches=6, size=20, seed=0):
     draw = torch.Generator().manual_seed(seed)
     if kind == "dense":
         return [torch.randn(size, 7, generator=draw) for _ in range(batches)]
-    if kind == "residual":
+    if kind in ("residual", "mixed"):
         return [torch.randn(size, 2, 8, 8, generator=draw) for _ in range(batches)]
     return [{"input_ids": torch.randint(3, 40, (size // 4, 16), generator=draw)} for _ in range(batches)]
 
@@ -129,7 +146,11 @@ def merged(a, b, batches, **settings):
 
 
 def parts_of(kind):
-    return ("feed_forward", "attention") if kind in ("dense", "residual") else ("feed_forward", "attention", "residual")
+    return (
+        ("feed_forward", "attention")
+        if kind in ("dense", "residual", "mixed")
+        else ("feed_forward", "attention", "residual")
+    )
 
 
 # --- a permuted copy, copies, wide merges
@@ -157,6 +178,18 @@ def test_a_permuted_copy_is_found_again_and_merges_to_the_model(kind, by):
         result = merged(a, b, batches, matching=by, parts=parts, reset_bn=False)
         for batch in batches:
             assert torch.allclose(outputs(result.model, batch), outputs(a, batch), atol=1e-4)
+
+
+@EVERY
+def test_matching_weights_is_never_worse_than_no_permutation(kind):
+    a, b = model(kind, 1), model(kind, 2)
+    groups = find(a, ("feed_forward", "attention"), None, data(kind)[0], 0)
+    states = a.state_dict(), b.state_dict()
+    found = matching.by_weights(*states, groups, torch.Generator().manual_seed(0))
+    after = permuted(states[1], groups.axes, {n: split(m, 0.0) for n, m in found.items()})
+    names = [n for n in after if "running" not in n]
+    gains = [sum(float((states[0][n] * other[n]).sum()) for n in names) for other in (states[1], after)]
+    assert gains[1] > gains[0]
 
 
 @EVERY
@@ -572,6 +605,46 @@ def test_the_budget_goes_first_where_a_unit_gains_most_for_its_cost():
     assert separate(only["x"], 10) == 5 and only["y"] == 0
 
 
+def test_stacked_heads_of_a_transformers_classifier(tmp_path):
+    from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
+    networks = []
+    for labels in (2, 3):
+        torch.manual_seed(labels)
+        config = BertConfig(**sizes, num_attention_heads=4, max_position_embeddings=32, num_labels=labels)
+        networks.append(BertForSequenceClassification(config).eval())
+    a, b, batches = *networks, data("bert")
+    settings = {"heads": "stack", "ratio": {"feed_forward": 0.5, "*": 0.0}, "parts": ("feed_forward", "attention")}
+    result = lt.merge(Pleas(**settings), models=[a, b], data=batches, out=tmp_path / "merged")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    assert outputs(again, batches[0]).shape[1] == 5 and again.config.num_labels == 5
+    assert torch.allclose(outputs(again, batches[0]), outputs(result.model, batches[0]), atol=1e-6)
+    assert list(again.config.id2label.values()) == ["LABEL_0", "LABEL_1", "LABEL_0 (2)", "LABEL_1 (2)", "LABEL_2"]
+
+
+def test_an_adapter_is_merged_in_first():
+    from peft import LoraConfig, get_peft_model
+
+    a, b, batches = model("llama", 1), model("llama", 2), data("llama")
+    settings = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    tuned = get_peft_model(copy.deepcopy(a), settings).eval()
+    plain = copy.deepcopy(tuned).merge_and_unload()
+    one, other = (merged(network, b, batches).model for network in (tuned, plain))
+    assert torch.allclose(outputs(one, batches[0]), outputs(other, batches[0]), atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_types_are_kept(dtype):
+    a, batches = model("llama", 1).to(dtype), data("llama")
+    b, _ = shuffled(a, find(a, ("feed_forward", "attention"), None, batches[0], 0), 2)
+    for ratio in (0.0, 1.0):
+        result = merged(a, b, batches, ratio=ratio).model
+        assert {p.dtype for p in result.parameters()} == {dtype}
+        wanted = outputs(a, batches[0]).float()
+        assert float((outputs(result, batches[0]).float() - wanted).norm() / wanted.norm()) < 0.05
+
+
 # --- files
 
 
@@ -659,6 +732,15 @@ def test_without_data_weights_can_still_be_matched():
     b, _ = shuffled(a, trace(a), 4)
     network = merged(a, b, None, matching="weight", solver="none").model
     assert torch.allclose(outputs(network, data("dense")[0]), outputs(a, data("dense")[0]), atol=1e-5)
+
+
+def test_a_norm_over_all_units_keeps_them_as_many():
+    a, b, batches = model("mixed", 1), model("mixed", 2), data("mixed")
+    with pytest.raises(InputError, match="a norm looks at all units of last"):
+        merged(a, b, batches, ratio=0.5)
+    result = merged(a, b, batches, ratio={"last": 0.0, "*": 1.0})
+    assert result.model.each.groups == 12 and "each" in result.report["kept"]
+    assert merged(a, b, batches, budget=2.0).report["ratio"]["last"] == 0
 
 
 @pytest.mark.parametrize(

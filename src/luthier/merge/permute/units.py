@@ -215,7 +215,7 @@ def merged_tensors(pair: Pair, places: Mapping[str, Mapping[int, Places]]) -> di
         here = places.get(name, {})
         out = out_axis(pair.owners[name], name.rpartition(".")[2], here)
         wide = torch.promote_types(tensor.dtype, torch.float32)
-        found[name] = initial(tensor.to(wide), pair.b[name].to(wide), here, out).to(tensor.dtype)
+        found[name] = initial(tensor.to(wide), pair.b[name].to(tensor.device, wide), here, out).to(tensor.dtype)
     return found
 
 
