@@ -19,6 +19,7 @@ METHODS = {
     "linear": "luthier.merge.linear:Linear",
     "lines": "luthier.merge.lines:Lines",
     "pcb": "luthier.merge.pcb:Pcb",
+    "pleas": "luthier.merge.pleas:Pleas",
     "slerp": "luthier.merge.slerp:Slerp",
     "task-arithmetic": "luthier.merge.task_arithmetic:TaskArithmetic",
     "ties": "luthier.merge.ties:Ties",

@@ -266,8 +266,9 @@ class WholeModelMerge(Method):
 @dataclass(frozen=True)
 class WholeMerged:
     """What a whole-model merge gives: the model, and figures for `merge.json`; `files` are tensors saved beside it
-    by file name (`mask.safetensors`)."""
+    by file name (`mask.safetensors`), `records` likewise json-able objects (`pleas.json`)."""
 
     model: nn.Module
     report: dict[str, Any]
     files: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    records: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -81,6 +81,8 @@ def write_model(merged: WholeMerged, folder: Path, like: Path | None) -> None:
         save_file({n: t.contiguous() for n, t in distinct(merged.model).items()}, folder / "model.safetensors")
     for name, tensors in merged.files.items():
         save_file({n: t.contiguous() for n, t in tensors.items()}, folder / name)
+    for name, record in merged.records.items():
+        (folder / name).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def as_module(given: Any, base: Any) -> nn.Module:
