@@ -7,7 +7,7 @@ tensors that differ. A tied tensor that only some files spell out twice is count
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from luthier.errors import InputError
 from luthier.merge.base import Merge, Merged, Rows, Shape, Tile
-from luthier.merge.depth import depth_of
+from luthier.merge.depth import depth_of, region_of
 from luthier.merge.sources import Source, blocks_of, config_of, matrix_shape
 from luthier.weights.depth import DepthOf
 from luthier.weights.hashing import tensor_hash
@@ -71,6 +71,11 @@ class Lineup:
     def shape(self) -> Shape:
         return Shape(len(self.models), self.depth_of, self.names)
 
+    @cached_property
+    def region_of(self) -> Callable[[str], str]:
+        """Region of a tensor by name."""
+        return region_of(self.frame.folder, self.names)
+
     @property
     def bytes(self) -> int:
         """What a pass over the base and all models reads."""
@@ -83,7 +88,7 @@ class Lineup:
         base = self.base.rows(name, start, stop) if self.base is not None else None
         place = self.places[name] + start * matrix_shape(info.shape)[1]
         models = [model.rows(name, start, stop) for model in self.models]
-        return Tile(name, place, self.depth_of(name), info.elements, base, models)
+        return Tile(name, place, self.depth_of(name), info.elements, base, models, lambda n: self.region_of(n))
 
     def tiles(self, names: Iterable[str] | None = None) -> Iterator[Tile]:
         """All tiles of `names` (default: all that are merged), in order."""
