@@ -39,6 +39,15 @@ def test_masks_and_indices_come_back(seed):
         assert selection.indices(name).tolist() == np.flatnonzero(mask.numpy()).tolist()
 
 
+def test_a_part_is_a_part_of_the_mask():
+    masks = drawn(4)
+    selection = Selection.from_masks(masks)
+    for name, mask in masks.items():
+        for start in range(mask.numel() + 1):
+            for stop in range(start, mask.numel() + 1):
+                assert torch.equal(selection.part(name, start, stop), mask.view(-1)[start:stop])
+
+
 def test_operations_are_those_of_sets():
     a, b, x, y = pair()
     assert same(x & y, {n: a[n] & b[n] for n in a})

@@ -15,7 +15,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 METHODS = {
+    "graft": "luthier.merge.graft:Graft",
     "linear": "luthier.merge.linear:Linear",
+    "patch": "luthier.merge.patch:Patch",
     "task-arithmetic": "luthier.merge.task_arithmetic:TaskArithmetic",
     "ties": "luthier.merge.ties:Ties",
 }

@@ -134,6 +134,12 @@ class Selection:
         bits = np.unpackbits(self.bits[name], count=_elements(shape), bitorder="little")
         return torch.from_numpy(bits.view(np.bool_)).view(shape)
 
+    def part(self, name: str, start: int, stop: int) -> Tensor:
+        """Entries `start` to `stop` in C order, (stop - start,) bool; unpacks no more than these."""
+        first = start // 8
+        bits = np.unpackbits(self.bits[name][first : (stop + 7) // 8], bitorder="little")
+        return torch.from_numpy(bits[start - 8 * first : stop - 8 * first].view(np.bool_))
+
     def indices(self, name: str) -> Tensor:
         """Flat places that are in, ascending, (count,) int64."""
         return self.mask(name).view(-1).nonzero()[:, 0]
@@ -151,6 +157,10 @@ class Selection:
     def elements(self) -> int:
         """How many entries there are, in or out."""
         return sum(_elements(shape) for shape in self.shapes.values())
+
+    def elements_of(self, name: str) -> int:
+        """How many entries a tensor has, in or out."""
+        return _elements(self.shapes[name])
 
     @property
     def density(self) -> float:
