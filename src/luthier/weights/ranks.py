@@ -77,7 +77,7 @@ def top_cuts(walk: Walk, counts: Sequence[int]) -> list[list[Cut]]:
             elif count >= total:
                 value = float("-inf")
             elif ties >= int(equal[row, column]):
-                place = total + 1  # every number that equals it
+                place = 2**63 - 1  # every number that equals it, wherever: a walk may leave places out
             else:
                 wanted[row, column] = ties
             cuts[row].append(Cut(value, place))
