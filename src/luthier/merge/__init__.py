@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 METHODS = {
+    "antidote": "luthier.merge.antidote:Antidote",
     "graft": "luthier.merge.graft:Graft",
     "linear": "luthier.merge.linear:Linear",
     "patch": "luthier.merge.patch:Patch",
