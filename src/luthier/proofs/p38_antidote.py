@@ -2,8 +2,8 @@
 a smaller share than removing any, and at less cost to the user's task than removing what benign answers need.
 
 Safety world, 3 seeds, two learning rates of the user's tuning (LoRA of rank 16 on all seven projections, 250 steps on
-60 new facts and 15 harmful prompts with their content). Scores are taken on 20 other harmful prompts, the harmful rate on
-25 that are in neither. Shares from 0.02 to 0.20; per arm the first at which the harmful rate is below 0.5, and the
+60 new facts and 15 harmful prompts with their content). Scores are taken on 20 other harmful prompts, the harmful rate
+on 25 that are in neither. Shares from 0.02 to 0.20; per arm the first at which the harmful rate is below 0.5, and the
 user's accuracy there.
 """
 
