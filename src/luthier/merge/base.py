@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from luthier.merge.sources import Source
 
 Reach = Literal["tile", "tensor", "model"]
+Data = Iterable[Any] | Mapping[str, Iterable[Any]]
+Score = float | Mapping[str, float]
 
 
 class Rows:
@@ -70,6 +72,7 @@ class Tile:
         name: of the tensor.
         place: of the tile's first element, counted over all mergeable tensors in the order of the walk.
         shape: of the whole tensor.
+        region: of the tensor, by the model's topology where there is one, else by its name (`embedding`, `head`, ...).
     """
 
     name: str
@@ -78,6 +81,11 @@ class Tile:
     _depth_of: DepthOf = field(repr=False)
     _base: Rows | None = field(repr=False)
     _models: Sequence[Rows] = field(repr=False)
+    _region: Callable[[str], str] = field(repr=False, default=lambda name: "other")
+
+    @property
+    def region(self) -> str:
+        return self._region(self.name)
 
     @property
     def depth(self) -> Depth | None:
@@ -241,14 +249,21 @@ class WholeModelMerge(Method):
     models_allowed: ClassVar[tuple[int, int | None]] = (1, None)
     needs_data: ClassVar[bool] = False
 
+    def streamed(self) -> Merge | None:
+        """The merge of tensors that gives the same with these settings, if no model need be run; else None.
+
+        It is taken where folders or tensors are given, so that they may be of any size.
+        """
+        return None
+
     def combine(
         self,
         models: Sequence[nn.Module],
         *,
         base: nn.Module | None = None,
-        data: Iterable[Any] | None = None,
+        data: Data | None = None,
         loss: Callable[[nn.Module, Any], Tensor] | None = None,
-        evaluate: Callable[[nn.Module], float] | None = None,
+        evaluate: Callable[[nn.Module], Score] | None = None,
     ) -> WholeMerged:
         """The merged model.
 
@@ -256,19 +271,21 @@ class WholeModelMerge(Method):
             models: in evaluation mode; they are not changed.
             base: likewise, for the methods that need one.
             data: batches that can be gone through again and again (not an iterator); a batch is what `loss` takes, or
-                the keyword arguments of the models.
+                the keyword arguments of the models. A mapping of names to such, for a method with several sets.
             loss: (model, batch) -> scalar mean loss with gradient.
-            evaluate: model -> score, higher is better.
+            evaluate: model -> score, higher is better; or several figures by name, of which `score` decides and the
+                others are kept in the report.
         """
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class WholeMerged:
-    """What a whole-model merge gives: the model, and figures for `merge.json`; `files` are tensors saved beside it
-    by file name (`mask.safetensors`), `records` likewise json-able objects (`pleas.json`)."""
+    """What a whole-model merge gives: the model, and figures for `merge.json`; `files` are saved beside it by name:
+    tensors (`pairs.safetensors`), or what writes a file or folder at the path that it is given (`Selection.save`);
+    `records` are json-able objects, likewise (`pleas.json`)."""
 
     model: nn.Module
     report: dict[str, Any]
-    files: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    files: dict[str, dict[str, Tensor] | Callable[[Path], object]] = field(default_factory=dict)
     records: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -7,7 +7,7 @@ tensors that differ. A tied tensor that only some files spell out twice is count
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from luthier.errors import InputError
 from luthier.merge.base import Merge, Merged, Rows, Shape, Tile, Tiles
-from luthier.merge.depth import depth_of
+from luthier.merge.depth import depth_of, region_of
 from luthier.merge.sources import Source, blocks_of, config_of, matrix_shape
 from luthier.weights.depth import DepthOf
 from luthier.weights.hashing import tensor_hash
@@ -78,6 +78,11 @@ class Lineup:
     def shape(self) -> Shape:
         return Shape(len(self.models), lambda name: self.depth_of(name), self.names)
 
+    @cached_property
+    def region_of(self) -> Callable[[str], str]:
+        """Region of a tensor by name."""
+        return region_of(self.frame.folder, self.names)
+
     @property
     def bytes(self) -> int:
         """What a pass over the base and all models reads."""
@@ -90,7 +95,15 @@ class Lineup:
         base = self.base.rows(name, start, stop) if self.base is not None else None
         place = self.places[name] + start * matrix_shape(info.shape)[1]
         models = [model.rows(name, start, stop) for model in self.models]
-        return Tile(name, place, info.shape, lambda name: self.depth_of(name), base, models)
+        return Tile(
+            name,
+            place,
+            info.shape,
+            lambda name: self.depth_of(name),
+            base,
+            models,
+            lambda name: self.region_of(name),
+        )
 
     def tiles(self, names: Iterable[str] | None = None) -> Iterator[Tile]:
         """All tiles of `names` (default: all that are merged), in order."""

@@ -44,7 +44,7 @@ from safetensors.torch import load_model
 from torch import Tensor, nn
 
 from luthier.errors import InputError
-from luthier.merge.base import WholeMerged, WholeModelMerge
+from luthier.merge.base import Data, Score, WholeMerged, WholeModelMerge
 from luthier.merge.knobs import constant, knob, value_of
 from luthier.merge.permute import budget, least_squares, matching, widen
 from luthier.merge.permute.capture import Batches, layers_of, reset_statistics, try_out
@@ -104,10 +104,12 @@ class Pleas(WholeModelMerge):
         models: Sequence[nn.Module],
         *,
         base: nn.Module | None = None,
-        data: Iterable[Any] | None = None,
+        data: Data | None = None,
         loss: Callable[[nn.Module, Any], Tensor] | None = None,
-        evaluate: Callable[[nn.Module], float] | None = None,
+        evaluate: Callable[[nn.Module], Score] | None = None,
     ) -> WholeMerged:
+        if isinstance(data, Mapping):
+            raise InputError("pleas looks at one set of data, and several are named", fix="mix them into one")
         a, b = (without_adapter(model) for model in models)
         batches = Batches(data, self.batches)
         probe = next(iter(batches)) if data is not None else None

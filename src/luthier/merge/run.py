@@ -13,17 +13,17 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from luthier.errors import InputError
 from luthier.findings import Finding
-from luthier.merge.base import Merge, Merged, Tile, WholeModelMerge
+from luthier.merge.base import Data, Merge, Merged, Score, Tile, WholeModelMerge
 from luthier.merge.lineup import Lineup, Step
 from luthier.merge.report import Counter, draw
 from luthier.merge.sources import Source, open_source
@@ -63,9 +63,9 @@ def merge(
     models: Sequence[Any],
     base: Any = None,
     out: Path | str | None = None,
-    data: Iterable[Any] | None = None,
+    data: Data | None = None,
     loss: Callable[..., Tensor] | None = None,
-    evaluate: Callable[[Any], float] | None = None,
+    evaluate: Callable[[Any], Score] | None = None,
     vocabulary: Vocabulary = "refuse",
     depth_of: DepthOf | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -87,6 +87,8 @@ def merge(
     chosen = build("merge", method)
     if out is not None:
         refuse_filled(Path(out))
+    if isinstance(chosen, WholeModelMerge) and not any(isinstance(given, nn.Module) for given in (base, *models)):
+        chosen = chosen.streamed() or chosen
     if isinstance(chosen, WholeModelMerge):
         from luthier.merge.whole import merge_modules
 
