@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 METHODS = {
     "linear": "luthier.merge.linear:Linear",
+    "soup": "luthier.merge.soup:Soup",
     "task-arithmetic": "luthier.merge.task_arithmetic:TaskArithmetic",
     "ties": "luthier.merge.ties:Ties",
 }
