@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,8 +33,8 @@ class Ledger:
         ids: uint64, from the content exactly.        keys: uint64, from the text, case and white space aside.
         groups: uint64, equal within a group.         classes: int32, index into `labels`; -1 without a label.
         sources: int16, as given to `add`.            characters: int64, length of the text.
-    And over all rows: `labels`, `forms`, `private` (rows with each kind of private data), `empty` (places and number
-    of rows in which an answer is empty).
+        empty: int8, whether an answer is empty.
+    And over all rows: `labels`, `forms`, `private` (rows with each kind of private data).
     """
 
     def __init__(self, folder: Path, *, sketches: bool):
@@ -47,8 +47,6 @@ class Ledger:
         self.labels: list[str] = []
         self.forms: Counter[str] = Counter()
         self.private: Counter[str] = Counter()
-        self.empty: list[str] = []
-        self.empty_rows = 0
 
     def __len__(self) -> int:
         return len(self._columns["ids"])
@@ -73,6 +71,7 @@ class Ledger:
             "classes": self._class(row) if "label" in row else -1,
             "sources": source,
             "characters": len(text),
+            "empty": bool(empty_parts(row)),
             "offsets": self._offset,
         }
         for name, number in numbers.items():
@@ -83,9 +82,6 @@ class Ledger:
             self._sketches.write(sketch(word_hashes(row_text(row, system=False))).tobytes())
         self.forms[next(form for form in ("messages", "chosen", "completion", "text") if form in row)] += 1
         self.private.update(private_data(text).keys())
-        if missing := empty_parts(row):
-            self.empty_rows += 1
-            self.empty += [f"{row['where']}, {missing[0]}"] if len(self.empty) < SHOWN else []
 
     def _class(self, row: Row) -> int:
         name = str(row["label"])
@@ -109,6 +105,7 @@ class Ledger:
         self.classes: NDArray[np.int32] = columns["classes"]
         self.sources: NDArray[np.int16] = columns["sources"]
         self.characters: NDArray[np.int64] = columns["characters"]
+        self.empty: NDArray[np.int8] = columns["empty"]
 
     def release(self) -> None:
         """Let go of the scratch files."""
@@ -142,3 +139,26 @@ class Ledger:
 
 
 _COLUMNS = {"ids": "Q", "keys": "Q", "groups": "Q", "classes": "i", "sources": "h", "characters": "q", "offsets": "q"}
+_COLUMNS |= {"empty": "b"}
+
+
+class LedgerRows(Sequence[dict[str, Any]]):
+    """Some of a ledger's rows, read from disk when they are asked for: by place, or all in order."""
+
+    def __init__(self, ledger: Ledger, chosen: NDArray[np.bool_]):
+        self._ledger, self._chosen, self.indices = ledger, chosen, np.flatnonzero(chosen)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (row for _, row in self._ledger.rows(self._chosen))
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
+    def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
+        if isinstance(index, slice):
+            return [self._ledger.row(int(i)) for i in self.indices[index]]
+        return self._ledger.row(int(self.indices[index]))

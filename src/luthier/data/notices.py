@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.data.ledger import Ledger
+from luthier.data.clean import empty_parts
+from luthier.data.ledger import SHOWN, Ledger, LedgerRows
+from luthier.data.selection import Selected
 from luthier.data.settings import DataSettings
 from luthier.data.split import SPLITS, TEST, TRAIN, VALIDATION
 from luthier.findings import Finding
@@ -67,12 +69,14 @@ def notices(
     times: NDArray[np.int64],
     compared: Comparison,
     settings: DataSettings,
+    selected: Selected | None = None,
 ) -> list[Finding]:
-    """All findings of stage 1, worst first."""
+    """All findings of stage 1, worst first; what a selection noticed is among them."""
     found = [
+        *(selected.findings if selected is not None else ()),
         *_overlap(ledger, split, compared, settings),
         *_contamination(ledger, compared, settings),
-        *_empty(ledger),
+        *_empty(ledger, selected),
         *_copies(ledger, split, compared, settings),
         *_amounts(ledger, split, kept, times, settings),
         *_private(ledger),
@@ -122,11 +126,18 @@ def _contamination(ledger: Ledger, compared: Comparison, settings: DataSettings)
     yield Finding(level=level, code="data.contamination", message=message, value=share, limit=CONTAMINATION_LIMIT)
 
 
-def _empty(ledger: Ledger) -> Iterator[Finding]:
-    if ledger.empty_rows:
-        more = " ..." if ledger.empty_rows > len(ledger.empty) else ""
-        message = f"{ledger.empty_rows} rows have an empty text or answer: {'; '.join(ledger.empty)}{more}"
-        yield Finding(level="error", code="data.empty_answer", message=message, value=ledger.empty_rows, limit=0)
+def _empty(ledger: Ledger, selected: Selected | None) -> Iterator[Finding]:
+    """Rows with nothing to learn; not those that a selection has left out for it."""
+    empty = ledger.empty.astype(bool)
+    if selected is not None:
+        assert isinstance(selected.rows, LedgerRows)
+        empty[selected.rows.indices[selected.empty]] = False
+    if count := int(empty.sum()):
+        rows = (ledger.row(int(index)) for index in np.flatnonzero(empty)[:SHOWN])
+        places = "; ".join(f"{row['where']}, {empty_parts(row)[0]}" for row in rows)
+        more = " ..." if count > SHOWN else ""
+        message = f"{count} rows have an empty text or answer: {places}{more}"
+        yield Finding(level="error", code="data.empty_answer", message=message, value=count, limit=0)
 
 
 def _copies(ledger: Ledger, split: NDArray[np.int8], compared: Comparison, settings: DataSettings) -> Iterator[Finding]:
