@@ -83,8 +83,9 @@ class PerplexityFilter(Selection):
             nats.append(-scored.logprob / scored.tokens if scored.tokens else math.nan)
             tokens.append(scored.tokens)
             cut += scored.cut
-        if len(nats) != len(full):
-            raise InputError(f"the scorer gave {len(nats)} scores for {len(full)} rows", where="data.select")
+        if len(nats) != len(rows) - len(empty):
+            what = f"the scorer gave {len(nats)} scores for {len(rows) - len(empty)} rows"
+            raise InputError(what, where="data.select")
         loss, length = np.array(nats), np.array(tokens)
         number, key = np.array(full), np.array(keys)
         silent = length == 0  # nothing of the answer is left within the context, or no token stands before it
