@@ -236,7 +236,7 @@ def test_training_rows_are_selected_and_held_out_rows_are_not(run):
 
 
 def test_a_density_of_1_keeps_every_row_as_it_was(run, tmp_path, data):
-    done, rows = run(source(100), {"method": "perplexity", "density": 1})
+    _, rows = run(source(100), {"method": "perplexity", "density": 1})
     plain = prepare(data(str(tmp_path / "source.jsonl")), tmp_path / "plain", seed=0)
     bare = [{k: v for k, v in row.items() if not k.startswith("ppl")} for row in rows["train"]]
     assert bare == [json.loads(line) for line in plain.files["train"].open()]
