@@ -236,3 +236,33 @@ def test_a_search_cannot_be_a_step_inside_another_merge(models):
     lineup = Lineup(None, [open_source(state, None) for state in several])
     with pytest.raises(InputError, match="one step of several"):
         Step(Soup(greedy=True), lineup)
+
+
+def test_adapters_are_averaged_as_products_and_tried_as_whole_models(tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=20, num_key_value_heads=2, **shape)).save_pretrained(tmp_path / "base")
+    whole, adapters = [], [tmp_path / "a", tmp_path / "b"]
+    for folder in adapters:
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        tuned = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+        tuned.save_pretrained(folder)
+        fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        whole.append(PeftModel.from_pretrained(fresh, str(folder)).merge_and_unload().state_dict())
+    seen = []
+
+    def evaluate(folder):
+        seen.append(AutoModelForCausalLM.from_pretrained(folder).state_dict())
+        return 1.0
+
+    merge = {"base": tmp_path / "base", "models": adapters, "out": tmp_path / "out"}
+    lt.merge(Soup(greedy=True), evaluate=evaluate, **merge)
+    mean = {name: (whole[0][name] + whole[1][name]) / 2 for name in whole[0]}
+    for found, expected in zip(seen, [*whole, mean], strict=True):
+        for name, tensor in expected.items():
+            assert torch.allclose(found[name], tensor, rtol=1e-5, atol=1e-6), name
+    out = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(out[name], seen[2][name]) for name in out)

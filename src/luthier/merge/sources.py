@@ -112,6 +112,7 @@ class StoredSource:
         self.tensors, self.label, self.folder = tensors, label, folder
         self.infos: Mapping[str, Info] = infos_of(tensors)
         self._last: tuple[str, Tensor] | None = None
+        self._digest: str | None = None
 
     def whole(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -123,7 +124,9 @@ class StoredSource:
         return Rows(lambda: part.to("cpu", torch.float32))
 
     def digest(self) -> str:
-        return content_hash(self.tensors)
+        if self._digest is None:  # a pass over all weights, and asked for again by each merge on trial
+            self._digest = content_hash(self.tensors)
+        return self._digest
 
 
 class AdapterSource:

@@ -2,15 +2,15 @@
 than the best of its models, and does it leave a bad one out?
 
 Filter. Sentences of a small grammar: nouns of several kinds, each with verbs and adjectives of its own, common words
-common. A reference is trained on clean sentences; the pool has 2,500 others and as many corrupted ones (half with their
-words shuffled, half of a foreign language: the same grammar in other words). Fresh models see, at equal steps, the fifth
-of lowest perplexity, a random fifth, the fifth of highest perplexity, everything, and the known risk, the lowest
-fiftieth. Judge: loss in nats per token on 500 clean held-out sentences.
+common. A reference is trained on clean sentences; the pool has 2,500 others and as many corrupted ones (half with
+their words shuffled, half of a foreign language: the same grammar in other words). Fresh models see, at equal steps,
+the fifth of lowest perplexity, a random fifth, the fifth of highest perplexity, everything, and the known risk, the
+lowest fiftieth. Judge: loss in nats per token on 500 clean held-out sentences.
 
-Two benches. `apart` was the first: 4 kinds, 100 words, and a foreign language that shares none of them. On it the filter
-gained nothing: with few words 500 clean sentences are nearly enough (see loss/reference, 2,500 clean ones), words of
-their own disturb nobody, and what is left is the filter's price, that rare words go. It stays, with its claims as they
-were. `shared` was made then, once, and not changed after it was run: 8 kinds, 800 words, and a foreign language that uses
+Two benches. `apart` was the first: 4 kinds, 100 words, and a foreign language that shares none of them. There the
+filter does not pay: noise in words of its own disturbs nobody, the clean half of a random fifth teaches most of so
+small a language, and what is left is the filter's price, that rare words go. The bench stays, with its claims as they
+were. `shared` was made after it, and not changed once it was run: 8 kinds, 800 words, and a foreign language that uses
 the same words for other things, as languages of one alphabet do.
 
 Soup. Digits: one start, tuned with the same settings on a base mix plus one of four overlapping sets of digits, and a
@@ -238,6 +238,35 @@ def _network(like: nn.Module, tensors: dict[str, Tensor]) -> nn.Module:
     return made.eval()
 
 
+def _filter_claims(bench: str) -> list[Claim]:
+    def gain(runs: Sequence[Measurements]) -> float:
+        return mean(runs, f"loss_{bench}/random") - mean(runs, f"loss_{bench}/lowest")
+
+    def ordered(run: Measurements) -> bool:
+        return run[f"loss_{bench}/lowest"] < run[f"loss_{bench}/random"] < run[f"loss_{bench}/highest"]
+
+    return [
+        Claim(
+            f"filter ({bench}): held-out loss, a random fifth less the fifth of lowest perplexity, mean, nats",
+            gain,
+            ">= 0.1",
+            "paper",
+        ),
+        Claim(
+            f"filter ({bench}): seeds in which lowest < random < highest in held-out loss",
+            lambda runs: count(runs, ordered),
+            "== 5",
+            "paper",
+        ),
+        Claim(
+            f"filter ({bench}): share of clean rows in the fifth of lowest perplexity, worst seed",
+            lambda runs: worst(runs, f"clean_{bench}/lowest"),
+            "> 0.95",
+            "ours",
+        ),
+    ]
+
+
 PROOF = Proof(
     paper=74,
     prove=prove,
@@ -251,33 +280,8 @@ PROOF = Proof(
         "luthier.worlds.digits",
     ],
     claims=[
-        *(
-            claim
-            for bench in ("apart", "shared")
-            for claim in (
-                Claim(
-                    f"filter ({bench}): held-out loss, a random fifth less the fifth of lowest perplexity, mean, nats",
-                    lambda runs, bench=bench: mean(runs, f"loss_{bench}/random") - mean(runs, f"loss_{bench}/lowest"),
-                    ">= 0.1",
-                    "paper",
-                ),
-                Claim(
-                    f"filter ({bench}): seeds in which lowest < random < highest in held-out loss",
-                    lambda runs, bench=bench: count(
-                        runs,
-                        lambda r: r[f"loss_{bench}/lowest"] < r[f"loss_{bench}/random"] < r[f"loss_{bench}/highest"],
-                    ),
-                    "== 5",
-                    "paper",
-                ),
-                Claim(
-                    f"filter ({bench}): share of clean rows in the fifth of lowest perplexity, worst seed",
-                    lambda runs, bench=bench: worst(runs, f"clean_{bench}/lowest"),
-                    "> 0.95",
-                    "ours",
-                ),
-            )
-        ),
+        *_filter_claims("apart"),
+        *_filter_claims("shared"),
         Claim(
             "filter (shared): seeds in which the lowest fiftieth has fewer different words than as many clean rows",
             lambda runs: count(runs, lambda r: r["words_shared/lowest_2%"] < r["words_shared/as_many_clean"]),
