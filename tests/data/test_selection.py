@@ -107,7 +107,7 @@ def test_empty_rows_are_left_out_counted_and_not_part_of_the_whole():
     rows[5]["tokens"] = 0  # the scorer finds nothing of the answer within its context
     selected = PerplexityFilter(density=0.5).apply(rows, context())
     assert kept(selected) == [2, 3]  # half of four
-    assert list(selected.empty) == [1, 5] and selected.stats["empty"] == 2 and selected.stats["scored"] == 4
+    assert selected.stats["empty"] == 2 and selected.stats["scored"] == 4
     (finding,) = [f for f in selected.findings if f.code == "data.select_empty"]
     assert finding.level == "warn" and finding.value == 2
 
@@ -260,11 +260,18 @@ def test_copies_go_before_and_classes_are_balanced_after(run):
 
 
 def test_empty_training_rows_are_the_selections_business(run):
-    rows = [*source(100), {"text": " ", "nats": 1.0}]
+    rows = [*source(100), {"text": " ", "nats": 1.0}, {"text": "", "nats": 2.0}]  # the second is a copy of the first
     done, made = run(rows, {"method": "perplexity", "density": 0.5}, split=[1.0, 0.0, 0.0])
     codes = {f.code: f for f in done.findings}
     assert len(made["train"]) == 50 and codes["data.select_empty"].value == 1 and "data.empty_answer" not in codes
-    assert done.card["empty"] == 1
+    assert done.card["empty"] == 2
+
+
+def test_empty_rows_that_are_held_out_still_close_the_gate(run, write):
+    held_out = str(write("test.jsonl", [{"text": " ", "nats": 1.0}]))
+    done, _ = run(source(100), {"method": "perplexity", "density": 0.5}, test_source=held_out)
+    (finding,) = [f for f in done.findings if f.code == "data.empty_answer"]
+    assert finding.level == "error" and "test.jsonl:1, text" in finding.message
 
 
 def test_without_a_model_it_says_so(tmp_path, write, data):

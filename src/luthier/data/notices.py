@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.data.clean import empty_parts
-from luthier.data.ledger import SHOWN, Ledger, LedgerRows
+from luthier.data.ledger import SHOWN, Ledger
 from luthier.data.selection import Selected
 from luthier.data.settings import DataSettings
 from luthier.data.split import SPLITS, TEST, TRAIN, VALIDATION
@@ -76,7 +76,7 @@ def notices(
         *(selected.findings if selected is not None else ()),
         *_overlap(ledger, split, compared, settings),
         *_contamination(ledger, compared, settings),
-        *_empty(ledger, selected),
+        *_empty(ledger, (split != TRAIN) | kept if selected is not None else np.ones_like(kept)),
         *_copies(ledger, split, compared, settings),
         *_amounts(ledger, split, kept, times, settings),
         *_private(ledger),
@@ -126,12 +126,9 @@ def _contamination(ledger: Ledger, compared: Comparison, settings: DataSettings)
     yield Finding(level=level, code="data.contamination", message=message, value=share, limit=CONTAMINATION_LIMIT)
 
 
-def _empty(ledger: Ledger, selected: Selected | None) -> Iterator[Finding]:
-    """Rows with nothing to learn; not those that a selection has left out for it."""
-    empty = ledger.empty.astype(bool)
-    if selected is not None:
-        assert isinstance(selected.rows, LedgerRows)
-        empty[selected.rows.indices[selected.empty]] = False
+def _empty(ledger: Ledger, looked_at: Mask) -> Iterator[Finding]:
+    """Rows with nothing to learn; a selection has seen to the training rows that are not among them."""
+    empty = ledger.empty.astype(bool) & looked_at
     if count := int(empty.sum()):
         rows = (ledger.row(int(index)) for index in np.flatnonzero(empty)[:SHOWN])
         places = "; ".join(f"{row['where']}, {empty_parts(row)[0]}" for row in rows)

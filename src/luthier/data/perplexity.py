@@ -64,12 +64,13 @@ class PerplexityFilter(Selection):
         return int(rows * self.density)
 
     def apply(self, rows: Sequence[Row], context: SelectionContext) -> Selected:
-        full, empty, keys = array("q"), array("q"), array("Q")
+        full, keys, empty = array("q"), array("Q"), 0
 
         def asked() -> Iterator[Row]:
+            nonlocal empty
             for number, row in enumerate(rows):
                 if empty_parts(row):
-                    empty.append(number)
+                    empty += 1
                     continue
                 full.append(number)
                 keys.append(content_key(row_text(row)))
@@ -83,23 +84,22 @@ class PerplexityFilter(Selection):
             nats.append(-scored.logprob / scored.tokens if scored.tokens else math.nan)
             tokens.append(scored.tokens)
             cut += scored.cut
-        if len(nats) != len(rows) - len(empty):
-            what = f"the scorer gave {len(nats)} scores for {len(rows) - len(empty)} rows"
+        if len(nats) != len(rows) - empty:
+            what = f"the scorer gave {len(nats)} scores for {len(rows) - empty} rows"
             raise InputError(what, where="data.select")
         loss, length = np.array(nats), np.array(tokens)
         number, key = np.array(full), np.array(keys)
         silent = length == 0  # nothing of the answer is left within the context, or no token stands before it
-        gone = np.sort(np.concatenate([np.array(empty), number[silent]]))
         number, loss, length, key = number[~silent], loss[~silent], length[~silent], key[~silent]
         ranks = ranked(loss)
         chosen = within(ranks, self.count(len(loss)), self.order)
         if not chosen.any():
             what = f"density {self.density:g} of {len(loss)} rows that can be scored keeps none"
             raise InputError(what, where="data.select", fix="raise density, or give more rows")
-        stats = _stats(loss, length, key, chosen) | {"empty": len(gone), "cut": cut, "rows": len(rows)}
+        stats = _stats(loss, length, key, chosen) | {"empty": empty + int(silent.sum()), "cut": cut, "rows": len(rows)}
         columns = {"ppl": perplexity(loss[chosen]), "ppl_rank": ranks[chosen]}
         findings = list(_findings(stats, self.order))
-        return Selected(rows, number[chosen], columns, stats=stats, findings=findings, empty=gone)
+        return Selected(rows, number[chosen], columns, stats=stats, findings=findings)
 
     def asked(self, row: Row) -> Row:
         """The row as it is scored: a bare text, if there is a `prompt`, as the answer to it."""

@@ -72,7 +72,6 @@ class Selected(Sequence[dict[str, Any]]):
         columns: name -> (k,) numbers, which become keys of the kept rows.
         stats: json-able, for the data card.
         findings: what was noticed.
-        empty: (e,) int64, which rows were left out because an answer is empty.
     """
 
     def __init__(
@@ -83,11 +82,9 @@ class Selected(Sequence[dict[str, Any]]):
         *,
         stats: Mapping[str, Any] | None = None,
         findings: Sequence[Finding] = (),
-        empty: NDArray[np.int64] | None = None,
     ):
         self.rows, self.kept, self.columns = rows, kept, dict(columns or {})
         self.stats, self.findings = dict(stats or {}), list(findings)
-        self.empty = np.empty(0, dtype=np.int64) if empty is None else empty
         if len(kept) and (np.any(np.diff(kept) <= 0) or not 0 <= kept[0] <= kept[-1] < len(rows)):
             raise ValueError(f"kept must name rows of {len(rows)}, ascending, each once")
         odd = [name for name, column in self.columns.items() if len(column) != len(kept)]
