@@ -140,7 +140,8 @@ class Ledger:
         return ", ".join(str(self.row(int(index))["where"]) for _, index in zip(range(SHOWN), indices, strict=False))
 
 
-_COLUMNS = {"ids": "Q", "keys": "Q", "groups": "Q", "classes": "i", "sources": "h", "characters": "q", "offsets": "q"}
+_COLUMNS = {"ids": "Q", "keys": "Q", "groups": "Q", "classes": "i", "sources": "h", "characters": "q", "empty": "b"}
+_COLUMNS |= {"offsets": "q"}
 
 
 class LedgerRows(Sequence[dict[str, Any]]):
