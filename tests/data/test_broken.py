@@ -201,7 +201,6 @@ BROKEN = [
         ":1, instruction: instruction and input are both empty",
     ),
     # preference
-    ("equal.jsonl", b'{"prompt": "a", "chosen": "b", "rejected": "b"}', {}, ":1: chosen and rejected are the same"),
     (
         "no_rejected.jsonl",
         b'{"prompt": "a", "chosen": "b"}',
@@ -220,6 +219,43 @@ BROKEN = [
         json.dumps({"chosen": [USER, REPLY], "rejected": [{**USER, "content": "ho"}, REPLY]}),
         {},
         ":1, prompt: no prompt, and the two sides begin differently",
+    ),
+    (
+        "equal.jsonl",
+        json.dumps({"chosen": [REPLY], "rejected": [REPLY]}),
+        {},
+        ":1, prompt: no prompt, and the two sides begin differently",
+    ),
+    # unpaired
+    (
+        "label.jsonl",
+        b'{"prompt": "a", "completion": "b", "label": true}\n{"prompt": "a", "completion": "c", "label": 1}',
+        {},
+        ":2, label: expected true or false (a good or a bad answer), got '1'",
+    ),
+    (
+        "class.jsonl",
+        b'{"prompt": "a", "completion": "b", "label": "spam"}',
+        {"form": "unpaired"},
+        ":1, label: expected true or false (a good or a bad answer), got 'spam'",
+    ),
+    (
+        "null.jsonl",
+        b'{"prompt": "a", "completion": "b", "label": null}',
+        {"form": "unpaired"},
+        ":1, label: the column is null, which rows of the form unpaired need",
+    ),
+    (
+        "no_label.jsonl",
+        b'{"prompt": "a", "completion": "b", "label": false}\n{"prompt": "a", "completion": "c"}',
+        {},
+        ":2: mixed forms: the row is completion, those before it are unpaired",
+    ),
+    (
+        "turns.jsonl",
+        json.dumps({"prompt": [USER], "completion": [REPLY, USER], "label": True}),
+        {},
+        ":1, completion: expected one message of the assistant",
     ),
 ]
 

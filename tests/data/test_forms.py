@@ -44,6 +44,7 @@ def made(data):
         ("sharegpt", ["conversations", "id"]),
         ("messages", ["messages", "prompt", "prompt_id"]),
         ("preference", ["prompt", "chosen", "rejected", "messages"]),
+        ("completion", ["prompt", "completion", "label"]),  # a label that is neither true nor false
         (None, ["input", "output"]),
         (None, []),
     ],
@@ -129,6 +130,31 @@ def test_preference_in_four_ways(made):
     assert made({"chosen": [USER, REPLY], "rejected": [USER, bad]}) == expected
     assert made({"prompt": "hi", "chosen": [USER, REPLY], "rejected": [USER, bad]}) == expected
     assert made({"prompt": "hi", "chosen": [REPLY], "rejected": [bad]}) == {**expected, "prompt": "hi"}
+
+
+@pytest.mark.parametrize("label", [True, np.bool_(True), "true", " True "])
+def test_a_label_that_is_true_or_false_makes_an_unpaired_row(made, label):
+    plain = {"prompt": "hi", "completion": "a", "desirable": True}
+    for names in (("prompt", "completion"), ("prompt", "response"), ("question", "answer")):
+        row = made(dict(zip(names, ("hi", "a"), strict=True)) | {"label": label})
+        assert {**row, "extra": None} == {**plain, "extra": None} and set(row["extra"]) == {"label"}
+    row = made({"prompt": "hi", "completion": "a", "liked": "FALSE"}, columns={"label": "liked"})
+    assert row["desirable"] is False
+    talk = made({"prompt": [SYSTEM, USER, REPLY, USER], "completion": [REPLY], "label": label})
+    assert (talk["prompt"], talk["completion"]) == ([SYSTEM, USER, REPLY, USER], [REPLY])
+
+
+def test_a_label_that_the_recipe_calls_a_class_stays_one(made):
+    row = {"prompt": "hi", "completion": "a", "label": True}
+    assert made(row, label_key="label") == {"prompt": "hi", "completion": "a", "label": "true"}
+    both = made(row, label_key="label", form="unpaired")
+    assert both == {"prompt": "hi", "completion": "a", "desirable": True, "label": "true"}
+
+
+def test_equal_sides_are_read(made):
+    expected = {"prompt": [USER], "chosen": [REPLY], "rejected": [REPLY]}
+    assert made({"chosen": [USER, REPLY], "rejected": [USER, REPLY]}) == expected
+    assert made({"prompt": "hi", "chosen": "a", "rejected": "a"}) == {"prompt": "hi", "chosen": "a", "rejected": "a"}
 
 
 def test_a_prompt_with_answers_in_it_is_not_made_a_conversation(made):

@@ -203,6 +203,44 @@ def test_balance_evens_the_classes_of_the_training_rows_only(run):
     assert balanced["test"] == rows["test"] and done.card["different_training_rows"] == sum(before.values())
 
 
+def test_samples_are_nested_exact_and_leave_held_out_rows_alone(run):
+    source = [{"text": text()} for _ in range(400)]
+    source += source[:40]  # copies are taken out before anything is drawn
+    _, whole = run(source)
+    names, drawn = ("validation", "test"), {}
+    for size in (10, 100, 300):
+        done, rows = run(source, sample=size)
+        drawn[size] = [row["id"] for row in rows["train"]]
+        assert len(set(drawn[size])) == size == done.card["rows"]["train"] == done.card["sample"]
+        assert [rows[name] for name in names] == [whole[name] for name in names]
+    assert set(drawn[10]) < set(drawn[100]) < set(drawn[300]) < {row["id"] for row in whole["train"]}
+    # In the order of the source, not depending on it, and another draw for another seed.
+    assert drawn[100] == [row["id"] for row in whole["train"] if row["id"] in set(drawn[100])]
+    _, turned = run(source[::-1], sample=100)
+    assert {row["id"] for row in turned["train"]} == set(drawn[100])
+    _, other = run(source, sample=100, seed=1)
+    assert {row["id"] for row in other["train"]} != set(drawn[100])
+
+
+def test_a_sample_is_a_fair_draw(run):
+    """Rows of each half of the file, and each group of classes, come as often as chance has it."""
+    source = [{"text": text(), "kind": n % 2} for n in range(1000)]
+    _, rows = run(source, sample=200, label_key="kind")
+    ones = sum(row["label"] == 1 for row in rows["train"])
+    assert abs(ones - 100) < 4 * (200 * 0.25) ** 0.5
+
+
+def test_a_sample_larger_than_what_there_is_is_told(run):
+    with pytest.raises(InputError, match=r"data.sample: 81 training rows are asked for, and there are 80"):
+        run([{"text": text()} for _ in range(100)], sample=81)
+
+
+def test_a_sample_is_drawn_before_rows_are_repeated(run, write):
+    heavy = write("heavy.jsonl", [{"text": text()} for _ in range(50)])
+    done, rows = run([{"path": str(heavy), "weight": 3}], sample=20)
+    assert done.card["different_training_rows"] == 20 == len({row["id"] for row in rows["train"]})
+
+
 def test_weights_of_sources(run, write):
     a = str(write("a.jsonl", [{"text": f"a {text()}"} for _ in range(100)]))
     b = str(write("b.jsonl", [{"text": f"b {text()}"} for _ in range(100)]))

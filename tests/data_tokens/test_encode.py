@@ -294,6 +294,21 @@ def test_preferences_give_both_sides(byte_tokenizer, templates, settings):
     assert encode(pair, byte_tokenizer, settings(too_long="drop"), len(chosen["input_ids"]) - 1) == []
 
 
+@pytest.mark.parametrize("loss_on", ["assistant", "last", "all"])
+def test_what_is_compared_or_judged_is_the_last_answer(byte_tokenizer, templates, settings, loss_on):
+    byte_tokenizer.chat_template = templates["chatml"]
+    talk = [*TALK[:2], {"role": "user", "content": "and you?"}]
+    for prompt in ("and you?", talk):
+        one = encode(
+            {"prompt": prompt, "completion": "no", "desirable": False}, byte_tokenizer, settings(loss_on=loss_on)
+        )
+        two = encode({"prompt": prompt, "chosen": "ok", "rejected": "no"}, byte_tokenizer, settings(loss_on=loss_on))
+        assert len(one) == 1 and one[0] == two[1]
+        assert learned(one[0], byte_tokenizer) == ["no</s>" if prompt != talk else "no<|im_end|>"]
+        start = prompt_ids({"prompt": prompt, "completion": "no", "desirable": False}, byte_tokenizer, settings())
+        assert one[0]["input_ids"][: len(start)] == start
+
+
 def test_limits(byte_tokenizer, settings):
     example_row = {"prompt": "the quick", "completion": " fox", "where": "r:3"}
     (example,) = encode(example_row, byte_tokenizer, settings())

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from luthier.data.encode import encode, loss_tokens
+from luthier.data.roles import CHOSEN, DESIRABLE, PLAIN, REJECTED
 from luthier.data.store import Encodings, automatic_max_length, encode_split, limit_split
 from luthier.errors import InputError
 
@@ -132,6 +133,32 @@ def test_pairs_stay_pairs(tmp_path, byte_tokenizer, settings):
     stored = encode_split(pairs, byte_tokenizer, settings(too_long="drop"), tmp_path, 12)
     kept = stored.row.tolist()
     assert kept[::2] == kept[1::2] and 0 < len(kept) < 78
+    assert stored.role.tolist() == [CHOSEN, REJECTED] * (len(kept) // 2)
+
+
+@pytest.mark.parametrize("limit", [10, "then 10"])
+def test_a_judged_row_without_an_answer_is_left_out_and_counted(tmp_path, byte_tokenizer, settings, limit):
+    """Cut away by the limit, or empty from the start; found in one pass or while cutting an uncut split."""
+    judged = [
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        {"prompt": "a" * 20, "chosen": "b", "rejected": "c"},
+        {"prompt": "a", "chosen": "b", "rejected": " "},
+        {"prompt": "a", "completion": "b", "desirable": True},
+        {"prompt": "a" * 20, "completion": "b", "desirable": False},
+        {"prompt": "b", "completion": "c"},
+    ]
+    judged = [row | {"where": f"p:{n}"} for n, row in enumerate(judged, start=1)]
+    if limit == 10:
+        stored = encode_split(judged, byte_tokenizer, settings(), tmp_path, limit)
+    else:
+        whole = encode_split(judged, byte_tokenizer, settings(), tmp_path)
+        assert whole.facts["no_answer_rows"] == ["p:3"]
+        stored = limit_split(whole, judged, byte_tokenizer, settings(), tmp_path, 10)
+    assert stored.role.tolist() == [CHOSEN, REJECTED, DESIRABLE, PLAIN] and stored.row.tolist() == [0, 0, 3, 5]
+    finding = codes(stored)["data.no_answer_left"]
+    assert (finding.level, finding.value) == ("warn", 3)
+    assert sorted(stored.facts["no_answer_rows"]) == ["p:2", "p:3", "p:5"]
+    assert "data.no_loss_tokens" not in codes(stored)
 
 
 def test_empty_and_foreign_folders(tmp_path, byte_tokenizer, settings):

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 FENCED = re.compile(r"^( *)```(\w+)[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
-SECTIONS = {"name", "data", "model", "environment", "tune", "evaluate", "deploy", "monitor"}
+SECTIONS = {"name", "data", "model", "environment", "tune", "evaluate", "deploy", "monitor", "study"}
 PAGES = Path(__file__).resolve().parents[2]
 
 
@@ -38,10 +38,10 @@ def test_a_recipe_of_the_docs_is_valid(text: str) -> None:
     assert set(given) <= SECTIONS, f"no sections of a recipe: {sorted(set(given) - SECTIONS)}"
     if importlib.util.find_spec("luthier.pipeline.recipe") is None:
         pytest.skip("the pipeline is not built")
-    from luthier.pipeline.recipe import Recipe
+    from luthier.pipeline.recipe import load_recipe
 
     smallest = {"name": "example", "data": {"source": "rows.jsonl"}, "model": {"base": "base"}, "tune": "lora"}
-    Recipe.model_validate({**smallest, **given})
+    load_recipe({**smallest, **given})
 
 
 def is_built(module: str) -> bool:

@@ -192,6 +192,37 @@ def test_choice_takes_the_likeliest_option(models, tokenizer, context, make_row,
     assert task.summary(items)["calibration_error"] == error
 
 
+@pytest.mark.parametrize("talk", [False, True])
+def test_on_preference_rows_the_chosen_answer_is_the_right_option(models, tokenizer, context, make_row, talk):
+    """And swapping the two sides of a pair turns every decision around."""
+
+    def pair(i, chosen, rejected):
+        if not talk:
+            return make_row(i, prompt=f"Is {i} odd? ", chosen=chosen, rejected=rejected)
+        sides = {"chosen": chosen, "rejected": rejected}
+        said = {name: [{"role": "assistant", "content": text}] for name, text in sides.items()}
+        return make_row(i, prompt=[{"role": "user", "content": f"Is {i} odd?"}], **said)
+
+    task = Choice(name="c", normalise="token")
+    sides = [("yes", "no, not at all") if i % 2 else ("no, not at all", "yes") for i in range(8)]
+    one = task.run(models[0], tokenizer, [pair(i, a, b) for i, (a, b) in enumerate(sides)], context)
+    two = task.run(models[0], tokenizer, [pair(i, b, a) for i, (a, b) in enumerate(sides)], context)
+    assert [a.score + b.score for a, b in zip(one, two, strict=True)] == [100.0] * 8
+    assert [item.expected for item in one] == [chosen for chosen, _ in sides]
+    for (chosen, rejected), item in zip(sides, one, strict=True):
+        tokens = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (chosen, rejected)]
+        means = [total / len(ids) for total, ids in zip(item.detail["logprobs"], tokens, strict=True)]
+        assert item.score == 100.0 * (means[0] > means[1])
+
+
+def test_a_preference_row_of_several_turns_is_no_option(models, tokenizer, context, make_row):
+    turns = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]
+    turns.append({"role": "assistant", "content": "c"})
+    row = make_row(0, prompt="q", chosen=turns, rejected=turns[:1])
+    with pytest.raises(InputError, match="chosen is not one answer in words"):
+        Choice(name="c").questions([row], tokenizer, context)
+
+
 def test_a_model_that_cannot_tell_options_apart_has_not_answered(make_model, tokenizer, context, make_row):
     model = make_model()
     with torch.no_grad():
@@ -278,5 +309,8 @@ def test_without_a_source_the_rows_are_the_runs_test_split(tmp_path, context, ro
     pytest.importorskip("luthier.data.rows")
     path = write(tmp_path / "test.jsonl", rows)
     assert Generation(name="g").rows(replace(context, test_rows=path)) == rows
+    judged = [{**rows[2], "id": f"{n:016x}", "desirable": n % 2 == 0} for n in range(6)]
+    path = write(tmp_path / "judged.jsonl", judged)
+    assert Perplexity(name="p").rows(replace(context, test_rows=path)) == judged[::2]
     with pytest.raises(InputError, match="no source and the run has no test split"):
         Generation(name="g").rows(context)

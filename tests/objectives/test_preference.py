@@ -57,13 +57,14 @@ def pairs(seed=0, count=4):
 
 def batch_of(chosen_pairs, kind, reference=None, collate=lambda rows: pad_batch(rows, 0)):
     made = {}
-    for prefix, rows in kind.arrange(chosen_pairs).items():
+    laid_out = [chosen for chosen, _ in chosen_pairs] + [rejected for _, rejected in chosen_pairs]
+    for prefix, rows in kind.arrange(laid_out).items():
         made |= {prefix + name: tensor for name, tensor in collate(rows).items()}
     if reference is not None:
         with torch.no_grad():
-            for prefix in kind.referenced:
+            for prefix in kind.needs().referenced:
                 own = {n: made[prefix + n] for n in ("input_ids", "labels", "position_ids") if prefix + n in made}
-                made[f"{prefix}reference_logprobs"] = answer_logprobs(reference, own)[0]
+                made[f"{prefix}reference_logprobs"] = answer_logprobs(reference, own)
     return made
 
 
@@ -266,7 +267,53 @@ def test_kto_takes_answers_to_other_prompts():
     repeated = mismatched([a, example([1, 2], [4]), b])
     assert [row["input_ids"] for row in repeated] == [[1, 2, 9], [1, 2, 9], [3, 4]]
     with pytest.raises(InputError, match="one prompt only"):
-        Kto().arrange([(a, example([1, 2], [5]))])
+        Kto().arrange([a, example([1, 2], [5])])
+
+
+def test_a_pair_is_two_judged_answers_to_kto():
+    net, reference, kind = model(), model(1), objective("kto", undesirable_weight=0.6)
+    made = batch_of(pairs(), kind, reference)
+    judged = made | {"desirable": torch.tensor([True] * 4 + [False] * 4)}
+    one, other = kind.loss(net, made), kind.loss(net, judged)
+    assert one.units == other.units == kind.units(judged)
+    assert torch.equal(gradient(one.value(), net), gradient(other.value(), net))
+    for name, value in other.metrics.items():
+        assert value == pytest.approx(one.metrics[name])
+    assert set(one.metrics) - set(other.metrics) == {"rewards/margin", "rewards/accuracy"}
+
+
+def test_a_verdict_turned_round_turns_the_gradient():
+    """At beta h = z0 the sigmoid is symmetric, so there a bad answer pulls exactly against a good one."""
+    net, kind = model(), objective("kto")
+    made = batch_of(pairs(count=2), kind, net)
+    grads = [
+        gradient(kind.loss(net, made | {"desirable": torch.tensor(flags)}).value(), net)
+        for flags in ([True] * 4, [False] * 4)
+    ]
+    assert grads[0].any() and torch.allclose(grads[0], -grads[1], atol=1e-12)
+
+
+def test_sft_passes_bad_answers_over():
+    """Beside others in a batch the good ones give what they give alone; so does each mean over an answer's tokens."""
+    net = model()
+    good = [chosen for chosen, _ in pairs()]
+    both = pad_batch(good + [rejected for _, rejected in pairs()], 0)
+    for mark in ("chosen", "desirable"):
+        marked = both | {mark: torch.tensor([True] * 4 + [False] * 4)}
+        for normaliser in ("token", "sequence"):
+            kind = build("objectives", {"method": "sft", "normaliser": normaliser})
+            one, alone = kind.loss(net, marked), kind.loss(net, pad_batch(good, 0))
+            assert one.units == alone.units == kind.units(marked)
+            for name, value in alone.metrics.items():
+                assert one.metrics[name] == pytest.approx(value)
+            assert torch.allclose(gradient(one.value(), net), gradient(alone.value(), net), atol=1e-12)
+
+
+def test_mismatched_rows_are_no_longer_than_the_data():
+    rows = [example([1, 2, 3], [7]), example([4], [9, 9, 9])]
+    assert [row["input_ids"] for row in mismatched(rows, 4)] == [[1, 2, 3, 9], [4, 7]]
+    assert mismatched(rows, 4)[0]["labels"] == [-100, -100, -100, 9]
+    assert len(mismatched(rows)[0]["input_ids"]) == 6
 
 
 # TRL
@@ -388,6 +435,36 @@ def test_trls_kto_trainer(tmp_path):
     theirs = trainer.compute_loss(trainer.model, batch)
     kind = Kto(beta=0.3, desirable_weight=1.5, undesirable_weight=0.7)
     agree(kind, list(zip(rows[:4], rows[4:], strict=True)), theirs, trainer.model, reference)
+
+
+@pytest.mark.parametrize("good", [1, 3, 5])
+def test_trls_kto_trainer_on_judged_answers(good, tmp_path):
+    """Of an uneven number of good and bad answers, in the order in which our micro-batches stand: good ones first."""
+    from datasets import Dataset
+    from trl import KTOConfig, KTOTrainer
+
+    net, reference = moved(model()), model()
+    answers = [
+        {"prompt": row["prompt"] + more, "completion": row[side]}
+        for row in preference_dataset()
+        for side, more in (("chosen", ""), ("rejected", " w1"))
+    ]
+    flags = [index < good for index in range(8)]
+    data = Dataset.from_list([row | {"label": flag} for row, flag in zip(answers, flags, strict=True)])
+    args = config_of(KTOConfig, tmp_path, rows=8, beta=0.3, desirable_weight=1.5, undesirable_weight=0.7)
+    trainer = KTOTrainer(
+        model=net, ref_model=reference, args=args, train_dataset=data, processing_class=word_tokenizer()
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["label"].tolist() == flags
+    rows = examples_of(batch["input_ids"], batch["completion_mask"], batch["attention_mask"])
+    theirs = trainer.compute_loss(trainer.model, batch)
+    expected = gradient(theirs, trainer.model)
+    kind = Kto(beta=0.3, desirable_weight=1.5, undesirable_weight=0.7)
+    made = batch_of([(row, rows[i + 4]) for i, row in enumerate(rows[:4])], kind, reference)
+    ours = kind.loss(trainer.model, made | {"desirable": torch.tensor(flags)}).value()
+    assert float(ours) == pytest.approx(float(theirs), abs=1e-6, rel=1e-6)
+    assert torch.allclose(gradient(ours, trainer.model), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,30 @@ def test_two_phases_in_two_processes(tmp_path, alone):
 
 
 @pytest.mark.slow
+def test_a_search_in_two_processes_decides_as_in_one(tmp_path):
+    words = ["run", "sft-small", "environment.device=cpu", "tune.train.num_train_epochs=2", "--until", "tune"]
+    words += ["model.base=package:luthier/worlds/tiny-lm", "tune.train.mixed_precision=no", "--quiet"]
+    rows = "{skill: swap, count: 120, part: train}"
+    words += [f"data.source={{callable: 'luthier.worlds.arithmetic:rows', arguments: {rows}}}"]
+    grid = "learning_rate: [1.0e-4, 1.0e-3], effective_batch_size: [10, 4]"
+    words += [f"environment.search={{{grid}, early: {{min_steps: 4, margin: 0.0, keep: 1}}}}"]
+    tables = []
+    for name, command in (("one", [sys.executable, "-m", "luthier"]), ("two", DDP)):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*command, *words, "--runs", str(tmp_path / name)], env=environment, capture_output=True)
+        assert done.returncode == 0, done.stderr.decode()[-2000:]
+        tables.append(json.loads((tmp_path / name / "sft-small-1" / "4-tune" / "sweep.json").read_text()))
+    one, two = tables
+    assert (two["decision"]["order"], two["decision"]["stopped"]) == (
+        one["decision"]["order"],
+        one["decision"]["stopped"],
+    )
+    for ours, theirs in zip(two["candidates"], one["candidates"], strict=True):
+        assert ours["early_grad_norm"] == pytest.approx(theirs["early_grad_norm"], rel=1e-3)
+        assert (ours["samples"], ours["steps_done"]) == (theirs["samples"], theirs["steps_done"])
+
+
+@pytest.mark.slow
 def test_what_stops_one_process_stops_all_and_is_said_once(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [*DDP, "run", *SHORT, "--runs", str(tmp_path), "data.source=nowhere.jsonl"]

@@ -195,9 +195,58 @@ def test_a_wrong_override_is_named(written, change):
     assert change in complaint(written(GOOD), change)
 
 
-@pytest.mark.parametrize("change", ["tune.2.rank=3", "tune.-1.rank=3", "tune.rank=3", "tune.x=3"])
+@pytest.mark.parametrize("change", ["tune.2.rank=3", "tune.-3.rank=3", "tune.rank=3", "tune.x=3"])
 def test_a_list_takes_numbers_within_it(written, change):
     assert "list of 2" in complaint(written(LISTED), change)
+
+
+def test_places_of_a_list_count_from_the_end_too_and_one_phase_is_a_list_of_one(written):
+    assert load_recipe(written(LISTED), ["tune.-1.rank=3"]) == load_recipe(written(LISTED), ["tune.1.rank=3"])
+    one = load_recipe(written(GOOD), ["tune.rank=3"])
+    assert one == load_recipe(written(GOOD), ["tune.-1.rank=3"]) == load_recipe(written(GOOD), ["tune.0.rank=3"])
+    dumped = written(dump_recipe(load_recipe(written(GOOD))))  # there, the phase stands in a list
+    assert load_recipe(dumped, ["tune.rank=3"]) == one
+
+
+# -- weighted lists of objectives
+
+OBJECTIVES = """
+  objective:
+    - {method: dpo, beta: 0.2}
+    - {method: sft, weight: 0.1}
+"""
+
+
+def test_a_list_of_objectives_comes_back_as_it_went(written):
+    text = GOOD.replace("  objective: {method: sft}\n", OBJECTIVES.lstrip("\n"))
+    recipe = load_recipe(written(text))
+    assert recipe.tune[0].objective.method == "dpo + 0.1 sft"
+    assert load_recipe(yaml.safe_load(dump_recipe(recipe))) == recipe
+    assert load_recipe(written(text), ["tune.objective=[dpo]"]) == load_recipe(
+        written(text), ["tune.objective={method: dpo}"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "where", "fix"),
+    [
+        ("beta: 0.2", "betta: 0.2", "tune.objective.0.betta: unknown key", "did you mean 'beta'"),
+        ("weight: 0.1", "weigth: 0.1", "tune.objective.1.weigth: unknown key", "did you mean 'weight'"),
+        ("weight: 0.1", "weight: -1", "tune.objective.1.weight: input should be greater than or equal to 0", "-1"),
+        ("beta: 0.2", "beta: 0", "tune.objective.0.beta: input should be greater than 0", ""),
+        ("method: dpo", "method: dppo", "tune.objective.0: unknown method 'dppo'", "did you mean 'dpo'"),
+        (
+            "{method: sft, weight: 0.1}",
+            "{method: ipo, reference: model}",
+            "tune.objective: the parts name",
+            "reference",
+        ),
+    ],
+)
+def test_what_is_wrong_in_a_list_of_objectives_is_told_with_its_place(written, old, new, where, fix):
+    text = GOOD.replace("  objective: {method: sft}\n", OBJECTIVES.lstrip("\n"))
+    said = complaint(written(text.replace(old, new)))
+    assert where in said and fix in said
 
 
 # -- schema
@@ -209,6 +258,9 @@ def test_the_schema_names_every_method_and_resolves():
     for room in ("tune", "objectives", "evaluate"):
         for name in table(room):
             assert set(schema["$defs"][f"{room}.{name}"]["properties"]) >= set(find(room, name).model_fields)
+    for name in table("objectives"):
+        assert "weight" in schema["$defs"][f"objectives.{name}.weighted"]["properties"]
+        assert "weight" not in schema["$defs"][f"objectives.{name}"]["properties"]
 
     def references(value):
         if isinstance(value, dict):

@@ -5,10 +5,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from luthier.data.pairs import PairedExamples
+from luthier.data.roles import CHOSEN, DESIRABLE, PLAIN, REJECTED, UNDESIRABLE
+from luthier.data.views import PairedExamples
 from luthier.errors import InputError
 from luthier.methods import build
 from luthier.models.topology import Topology
+from luthier.objectives import objective_of
 from luthier.train import Loop, TrainSettings
 from luthier.tune import Probe
 
@@ -31,6 +33,7 @@ class Preferences:
             self.rows += [{"input_ids": prompt + a, "labels": [-100] * len(prompt) + a} for a in (win, lose)]
         self.lengths = np.array([len(r["input_ids"]) for r in self.rows])
         self.row = np.arange(2 * count) // 2
+        self.role = np.array([CHOSEN, REJECTED] * count)
 
     def __len__(self):
         return len(self.rows)
@@ -48,11 +51,11 @@ def model(dropout=0.0):
 def loop(objective, directory=None, tuning="full", train=None, examples=None, net=None, **more):
     net = model() if net is None else net
     settings = {"effective_batch_size": 8, "max_tokens_per_device": 90, "num_train_epochs": 2, "save_steps": 3}
-    chosen = {"method": tuning} | ({"rank": 4} if tuning == "lora" else {})
+    chosen = {"method": tuning} | ({"rank": 4} if tuning == "lora" else {}) if isinstance(tuning, str) else tuning
     tuned = build("tune", chosen).attach(net, Probe(Topology.of(net)))
     return Loop(
         tuned,
-        build("objectives", objective),
+        objective_of(objective),
         TrainSettings(**(settings | {"learning_rate": 1e-2} | (train or {}))),
         Preferences(24) if examples is None else examples,
         directory=directory,
@@ -100,7 +103,17 @@ def _tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="w1", pad_token="w2")
 
 
-@pytest.mark.parametrize("objective", [*(dpo(reference=r) for r in ("model", "cached")), {"method": "orpo"}])
+MIX = [{"method": "dpo", "beta": 0.5}, {"method": "sft", "weight": 0.2}]
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        *(dpo(reference=r) for r in ("model", "cached")),
+        {"method": "orpo"},
+        [MIX[0] | {"reference": "cached"}, MIX[1]],
+    ],
+)
 def test_resume_is_exact(tmp_path, objective):
     whole = loop(objective, tmp_path / "a", train={"num_train_epochs": 2})
     whole.run()
@@ -121,6 +134,64 @@ def test_micro_batches_do_not_matter(name, packing):
     whole = losses(loop(objective, train=train | {"max_tokens_per_device": 4096}, packing=packing))
     pieces = losses(loop(objective, train=train | {"max_tokens_per_device": 40}, packing=packing))
     assert pieces == pytest.approx(whole, rel=1e-4)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_micro_batches_do_not_matter_to_a_list(packing):
+    train = {"max_steps": 3, "learning_rate": 1e-3}
+    whole = losses(loop(MIX, train=train | {"max_tokens_per_device": 4096}, packing=packing))
+    pieces = losses(loop(MIX, train=train | {"max_tokens_per_device": 40}, packing=packing))
+    assert pieces == pytest.approx(whole, rel=1e-4)
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_list_finds_the_same_reference_in_a_cache(tmp_path, tuning, packing):
+    """With validation rows, whose loss takes the reference of theirs."""
+
+    def records(reference):
+        made = loop(
+            [MIX[0] | {"reference": reference}, MIX[1]],
+            tmp_path / reference,
+            tuning,
+            {"max_steps": 3, "eval_steps": 1, "learning_rate": 1e-3},
+            packing=packing,
+            validation=Preferences(7, seed=3),
+        )
+        return [value for record in made.run() for value in (record.loss, record.validation_loss)]
+
+    assert records("cached") == pytest.approx(records("model"), rel=1e-4)
+    assert sorted(p.name for p in (tmp_path / "cached").glob("*.parquet")) == [
+        "reference-train.parquet",
+        "reference-validation.parquet",
+    ]
+
+
+def test_a_rehearsal_scores_what_it_needs():
+    for settings in ({}, {"effective_batch_size": 24}):
+        whole, short = (loop(dpo(reference="cached"), train=settings, rehearse=r) for r in (None, 2))
+        one, two = ([record.loss for _, record in zip(range(2), m.steps(), strict=False)] for m in (whole, short))
+        assert one == two
+        assert (short.train.reference != 0).any(axis=1).sum() == (16 if not settings else 24)
+
+
+def test_a_part_of_weight_zero_changes_no_bit():
+    assert losses(loop([*MIX, {"method": "kto", "weight": 0}])) == losses(loop(MIX))
+    assert losses(loop([dpo(), {"method": "sft", "weight": 0}])) == losses(loop([dpo()])) == losses(loop(dpo()))
+
+
+def test_the_reference_is_where_the_phase_began(tmp_path):
+    """A second phase on what the first has made: its rewards begin at 0 again, cached or not, in folders of its own."""
+    for reference in ("model", "cached"):
+        net = model()
+        for phase in ("1", "2"):
+            made = loop(dpo(reference=reference), tmp_path / reference / phase, net=net, train={"max_steps": 3})
+            first, *_, last = made.run()
+            assert first.loss == pytest.approx(np.log(2), abs=1e-6)
+            assert first.metrics["rewards/chosen"] == pytest.approx(0, abs=1e-5) != last.metrics["rewards/chosen"]
+            net = made.tuned.merged()
+    with pytest.raises(InputError, match="other weights"):  # not another phase's
+        loop(dpo(reference="cached"), tmp_path / "cached" / "1", net=net).run()
 
 
 def test_kto_never_meets_a_single_pair():
@@ -173,13 +244,78 @@ def test_the_default_learning_rate_is_that_of_preferences():
 
 def test_equal_answers_are_left_out_and_other_rows_refused():
     paired = PairedExamples(Preferences(5, same=2))
-    assert (len(paired), paired.identical) == (4, 1)
+    assert (len(paired), paired.left_out) == (4, 1)
     examples = Preferences(5)
-    examples.row[3:] += 1
-    with pytest.raises(InputError, match="row 2 of the data is no pair"):
-        PairedExamples(examples)
+    examples.role[2:4] = PLAIN  # two answers of one conversation, say
+    with pytest.raises(InputError, match=r"dpo learns from pairs .* row 2 of the data is a single answer"):
+        loop(dpo(), examples=examples)
+    examples.role[2:4] = DESIRABLE
+    with pytest.raises(InputError, match=r"row 2 of the data is a judged answer.*objective: kto"):
+        loop({"method": "orpo"}, examples=examples)
+
+
+class Judged(Preferences):
+    """Single answers, two to three of them desirable."""
+
+    def __init__(self, count, seed=0):
+        super().__init__(count, seed)
+        self.row = np.arange(2 * count)
+        self.role = np.where(np.arange(2 * count) % 5 < 2, DESIRABLE, UNDESIRABLE)
+
+
+@pytest.mark.parametrize("kind", [Preferences, Judged])
+def test_sft_learns_the_good_answers_only(kind):
+    """Equal, to the last bit, to training on a data set that holds nothing else."""
+
+    class Alone:
+        def __init__(self, whole):
+            self.rows = [r for r, role in zip(whole.rows, whole.role, strict=True) if role in (CHOSEN, DESIRABLE)]
+            self.lengths = np.array([len(r["input_ids"]) for r in self.rows])
+
+        def __len__(self):
+            return len(self.rows)
+
+        def __getitem__(self, index):
+            return self.rows[index]
+
+    both, alone = loop({"method": "sft"}, examples=kind(12)), loop({"method": "sft"}, examples=Alone(kind(12)))
+    assert both.train.left_out == 24 - len(alone.train) > 0
+    assert losses(both) == losses(alone)
+
+
+def test_kto_learns_from_judged_answers(tmp_path):
+    made = loop({"method": "kto", "beta": 1.0}, tmp_path, examples=Judged(12), train={"num_train_epochs": 12})
+    records = made.run()
+    assert records[0].loss == pytest.approx(0.5, abs=1e-6)
+    assert records[-1].loss < 0.3
+    last = records[-1].metrics
+    assert last["rewards/chosen"] > 0.5 and last["rewards/rejected"] < -0.5
+    assert not {"rewards/margin", "rewards/accuracy"} & set(last)
+
+
+def test_kto_on_judged_answers_resumes_exactly(tmp_path):
+    objective = {"method": "kto"}
+    whole = loop(objective, tmp_path / "a", examples=Judged(12))
+    whole.run()
+    cut = loop(objective, tmp_path / "b", examples=Judged(12))
+    for _, _ in zip(range(4), cut.steps(), strict=False):
+        pass
+    again = loop(objective, tmp_path / "b", examples=Judged(12))
+    assert len(again.run()) == whole.total - 3
+    a, b = whole.tuned.state_dict(), again.tuned.state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_no_adapter_to_switch_off():
     with pytest.raises(InputError, match="no adapter to switch off"):
         loop(dpo(reference="adapter_off"))
+
+
+@pytest.mark.parametrize("options", [{"init_lora_weights": "pissa"}, {"init_lora_weights": "olora"}, {"bias": "all"}])
+def test_an_adapter_that_changes_its_base_is_no_reference_when_off(options, tmp_path):
+    tuning = {"method": "lora", "rank": 4, "peft": options}
+    with pytest.raises(InputError, match="no adapter to switch off"):
+        loop(dpo(reference="adapter_off"), tuning=tuning)
+    found = [losses(loop(dpo(reference=r), tmp_path / r, tuning)) for r in ("auto", "cached")]
+    assert found[0][0] == pytest.approx(np.log(2), abs=1e-6)
+    assert found[1] == pytest.approx(found[0], rel=1e-4)

@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
+from luthier.data.roles import CHOSEN, DESIRABLE, REJECTED, UNDESIRABLE
 from luthier.methods import build
 from luthier.models.topology import Topology
+from luthier.objectives import objective_of
 from luthier.train import Loop, TrainSettings
 from luthier.tune import Probe
 
@@ -35,11 +37,34 @@ class Preferences(Examples):
     def __init__(self, count):
         super().__init__(2 * count)
         self.row = np.arange(2 * count) // 2
+        self.role = np.array([CHOSEN, REJECTED] * count)
+
+
+class Judged(Examples):
+    """Single answers, one in three of them good."""
+
+    def __init__(self, count):
+        super().__init__(count)
+        self.row = np.arange(count)
+        self.role = np.where(self.row % 3 == 0, DESIRABLE, UNDESIRABLE)
+
+
+LIST = [  # orpo learns the prompts too, the others do not
+    {"method": "dpo"},
+    {"method": "sft", "weight": 0.3},
+    {"method": "orpo", "nll_over": "all", "weight": 0.5},
+]
 
 
 def loop_in(directory, method):
-    objective = {"method": "sft"}
-    if method in ("dpo", "cached", "kto", "cpo"):
+    objective: dict | list = {"method": "sft"}
+    rows: tuple[Examples, Examples] = (Examples(41), Examples(9))
+    if method in ("list", "judged"):
+        objective = LIST if method == "list" else {"method": "kto"}
+        rows = (Preferences(40), Preferences(8)) if method == "list" else (Judged(40), Judged(8))
+        method = "full"
+    elif method in ("dpo", "cached", "kto", "cpo"):
+        rows = (Preferences(40), Preferences(8))
         reference = {"reference": "cached"} if method == "cached" else {}
         objective = {"method": "dpo" if method == "cached" else method} | reference
         method = "lora" if method in ("dpo", "kto") else "full"
@@ -51,7 +76,6 @@ def loop_in(directory, method):
     else:
         config = LlamaConfig(**shape, num_attention_heads=4)
     model = AutoModelForCausalLM.from_config(config)
-    pairs = objective["method"] != "sft"
     tuning = {"method": "lisa", "active_layers": 1, "interval": 3} if method == "lisa" else method
     tuned = build("tune", tuning).attach(model, Probe(Topology.of(model)))
     settings = TrainSettings(
@@ -62,8 +86,7 @@ def loop_in(directory, method):
         save_steps=5,
         save_total_limit=9,
     )
-    rows = (Preferences(40), Preferences(8)) if pairs else (Examples(41), Examples(9))
-    return Loop(tuned, build("objectives", objective), settings, *rows, directory=directory, device="cpu")
+    return Loop(tuned, objective_of(objective), settings, *rows, directory=directory, device="cpu")
 
 
 def main(folder, method):

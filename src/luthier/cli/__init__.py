@@ -20,6 +20,8 @@ from typing import Annotated, Any
 import typer
 
 from luthier.cli.delta import app as delta_commands
+from luthier.cli.merge import EXAMPLES as MERGE_EXAMPLES
+from luthier.cli.merge import merge as merge_command
 from luthier.errors import ElsewhereError, InputError, LuthierError
 
 app = typer.Typer(
@@ -31,6 +33,7 @@ app = typer.Typer(
 )
 
 app.add_typer(delta_commands)
+app.command("merge", epilog=MERGE_EXAMPLES)(merge_command)
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings to change, such as tune.rank=8.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -122,6 +125,9 @@ def plan(recipe: str, overrides: Overrides = None, as_json: AsJson = False) -> N
         _show(found)
         return
     print(f"{found['name']}: {found['model']['base']}, {found['model']['parameters']:,} parameters")
+    if "study" in found:
+        axes = " x ".join(f"{len(labels)} {axis}" for axis, labels in found["study"]["vary"].items())
+        print(f"  study     {found['study']['cells']:,} cells ({axes}); the first of them:")
     rows = found["data"]["rows"]
     counts = ", ".join(f"{n:,} {split}" for split, n in rows.items())
     print(f"  data      {counts} rows; {found['data']['tokens']:,} tokens")
@@ -131,10 +137,23 @@ def plan(recipe: str, overrides: Overrides = None, as_json: AsJson = False) -> N
             f"  tune      {phase['method']}, {phase['steps']:,} steps, {phase['tokens']:,} tokens, "
             f"{phase['trainable_parameters']:,} parameters move, about {memory:.1f} GiB"
         )
+    if found["search"]:
+        _search_table(found["search"])
     for task in found["evaluate"]:
         print(f"  evaluate  {task['name']} ({task['method']}, {task['role']})")
     for finding in found["findings"]:
         print(f"  {finding['level']:<9} {finding['code']}: {finding['message']}")
+
+
+def _search_table(search: dict[str, Any]) -> None:
+    """The grid of a search and what it costs, for people."""
+    cost, at = search["samples_of_all"], search["decision_samples"]
+    when = f"compared after {at:,}" if at else "none is stopped early"
+    print(f"  search    {len(search['candidates'])} candidates of {search['samples']:,} samples each, {when};")
+    print(f"            {cost['least']:,} to {cost['most']:,} samples in all")
+    for one in search["candidates"]:
+        rate, batch = one["learning_rate"], one["effective_batch_size"]
+        print(f"            rate {rate:g}, batch {batch:,}: {one['steps']:,} steps")
 
 
 @app.command(epilog="Examples: luthier methods --room merge | luthier methods lora")

@@ -14,8 +14,9 @@ The second needs the model's tokenizer (stage 2 and training): `encode` and `tem
 `store` (encoded examples on disk), `batches` (the plan of an epoch), `collate` (padded or packed tensors).
 
 A canonical row is a plain mapping with `where` ("chats.jsonl:12"), `id` (16 hex digits, from its content), the columns
-of exactly one form (`text`; `prompt`, `completion`; `messages`, maybe `tools`; `prompt`, `chosen`, `rejected`), and
-where the recipe asks for them `label` and `group`; columns that mean nothing here are kept in `extra`.
+of exactly one form (`text`; `prompt`, `completion`; `messages`, maybe `tools`; `prompt`, `chosen`, `rejected`;
+`prompt`, `completion`, `desirable`), and where the recipe asks for them `label` and `group`; columns that mean nothing
+here are kept in `extra`.
 
 Importing this package imports neither torch nor transformers; each name is fetched when it is first used.
 """

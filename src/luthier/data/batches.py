@@ -20,7 +20,7 @@ lengths, so bucketing is left out, and steps stay plain random samples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -75,26 +75,35 @@ def plan_epoch(
     return plan
 
 
-def at_least(plan: Sequence[Step], rows: int) -> list[Step]:
-    """`plan` with micro-batches below `rows` examples joined to the one before them (or after, for the first).
+def at_least(plan: Sequence[Step], groups: NDArray[np.int64], count: int) -> list[Step]:
+    """`plan` with micro-batches of fewer than `count` groups joined to the one before them (or after, for the first).
 
-    Such a micro-batch may exceed the token budget. Raises `InputError` where a rank has fewer examples in a step.
+    Args:
+        groups: (examples,) the group of each, such as a number for its prompt.
+
+    Such a micro-batch may exceed the token budget. Raises `InputError` where a rank has fewer groups in a step.
     """
-    return [_filled([_joined(batches, rows) for batches in step]) for step in plan]
+
+    def held(batch: MicroBatch) -> int:
+        return len({int(groups[index]) for index in batch})
+
+    return [_filled([_joined(batches, held, count) for batches in step]) for step in plan]
 
 
-def _joined(batches: list[MicroBatch], rows: int) -> list[MicroBatch]:
+def _joined(batches: list[MicroBatch], held: Callable[[MicroBatch], int], count: int) -> list[MicroBatch]:
     done: list[MicroBatch] = []
     for batch in (b for b in batches if b):
-        if done and (len(batch) < rows or len(done[-1]) < rows):
+        if done and (held(batch) < count or held(done[-1]) < count):
             done[-1] = done[-1] + batch
         else:
             done.append(batch)
-    if done and len(done[0]) < rows:
+    if done and held(done[0]) < count:
+        rows, prompts = len(done[0]), held(done[0])
         raise InputError(
-            f"a step leaves {len(done[0])} row to a device, and this objective needs {rows} at a time",
+            f"a step leaves {rows} row{'s' * (rows != 1)} with {prompts} prompt{'s' * (prompts != 1)} to a device, and "
+            f"this objective needs {count} different prompts at a time",
             where="tune.train.effective_batch_size",
-            fix="choose one that leaves no such rest of the number of rows",
+            fix="raise it, or choose one that leaves no such rest of the number of rows",
         )
     return done
 

@@ -107,8 +107,8 @@ def ngrams(words: NDArray[np.uint64], size: int) -> NDArray[np.uint64]:
 
 def empty_parts(row: Mapping[str, Any]) -> list[str]:
     """The keys of a canonical row under which there is nothing to learn: blank texts, blank answers."""
-    found = [key for key in ("text", "completion") if key in row and not row[key].strip()]
-    for key in ("messages", "chosen", "rejected"):
+    found: list[str] = []
+    for key in ("text", "completion", "messages", "chosen", "rejected"):
         if isinstance(row.get(key), str):
             found += [] if row[key].strip() else [key]
             continue

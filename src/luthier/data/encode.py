@@ -19,9 +19,11 @@ ones, or the tokenizer gives no offsets, the conversation is unrolled: one examp
     completion  begin + prompt + completion + end              completion + end
     messages    the chat template's text, nothing added        every answer with its end of turn
     preference  two examples, chosen then rejected             the last answer of each
+    unpaired    one example, its verdict beside it             the last answer
 
 `begin` and `end` are what the tokenizer itself puts before a text and its end-of-sequence token; a chat template
-writes its own. `loss_on: last` keeps the last answer only, `loss_on: all` everything. Labels are not shifted.
+writes its own. `loss_on: last` keeps the last answer only, `loss_on: all` everything; where answers are compared or
+judged (the last two forms), neither changes what the answer is. Labels are not shifted.
 """
 
 from __future__ import annotations
@@ -163,7 +165,9 @@ class Encoder:
             text = _string(row, "text")
             return [_Draft((Turn("", text, ((0, len(text)),)),), raw=True, all_labels=True)]
         if "chosen" in row or "rejected" in row:
-            return [draft for side in ("chosen", "rejected") for draft in self._answered(row, side, everything, True)]
+            return [draft for side in ("chosen", "rejected") for draft in self._answered(row, side, False, True)]
+        if "desirable" in row:
+            return self._answered(row, "completion", False, True)
         return self._answered(row, "completion", everything, self.settings.loss_on == "last")
 
     def _answered(self, row: Row, answer: str, everything: bool, last: bool) -> list[_Draft]:

@@ -2,6 +2,7 @@
 
     keys of a row (after data.columns)                  form          canonical columns
     chosen, rejected  (prompt)                          preference    prompt, chosen, rejected
+    prompt, completion, label  (label true or false)    unpaired      prompt, completion, desirable
     messages  (tools, system)                           messages      messages, tools
     conversations  (tools, system)                      sharegpt      messages, tools
     instruction, output  (input, history, system)       alpaca        messages
@@ -12,12 +13,16 @@ The first line that fits decides, from above; so a preference row may carry `mes
 fixes the form for all its rows: a source of mixed forms is refused, since a row of another form is nearly always a
 mistake. Columns that a form does not use are kept in `extra`, where graders find them.
 
+A column `label` makes an unpaired row, one answer that was found good or bad, only if the first row's is true or false
+and `label_key` does not name it: labels of many other kinds (classes, scores) stand beside completions. From then on
+any other value is an error. Tables of text may spell it `true` and `false`.
+
 Alpaca becomes a conversation (instruction and input, an empty line between them, are what the user says), because
 that is what instruction data mean to a chat model. To train a raw completion on it, say `schema: completion` and
 `columns: {prompt: instruction, completion: output}`.
 
 Preference rows keep a prompt of their own. Where both sides repeat the whole conversation, what they share becomes
-the prompt, as in TRL's implicit-prompt form.
+the prompt, as in TRL's implicit-prompt form. Two equal sides are read, and left out where pairs are learned from.
 """
 
 from __future__ import annotations
@@ -35,13 +40,14 @@ Row = dict[str, Any]
 
 _NEEDED: dict[str, tuple[tuple[str, ...], ...]] = {
     "preference": (("chosen", "rejected"),),
+    "unpaired": (("prompt", "completion", "label"), ("prompt", "response", "label"), ("question", "answer", "label")),
     "messages": (("messages",),),
     "sharegpt": (("conversations",),),
     "alpaca": (("instruction", "output"),),
     "completion": (("prompt", "completion"), ("prompt", "response"), ("question", "answer")),
     "text": (("text",),),
 }
-CONTENT = ("text", "prompt", "completion", "messages", "tools", "chosen", "rejected")
+CONTENT = ("text", "prompt", "completion", "desirable", "messages", "tools", "chosen", "rejected")
 
 
 def forms_of(row: Mapping[str, Any], settings: DataSettings) -> list[str]:
@@ -56,7 +62,9 @@ def recognise(row: Mapping[str, Any], settings: DataSettings, *, answers: bool =
     fallback = None
     if not answers and any(settings.columns.get(name, name) in row for name in ("prompt", "question")):
         fallback = "completion"
-    return next(iter(forms_of(row, settings)), fallback)
+    label = settings.columns.get("label", "label")
+    judged = label != settings.label_key and _truth(row.get(label)) is not None
+    return next((form for form in forms_of(row, settings) if form != "unpaired" or judged), fallback)
 
 
 def canonical(row: Mapping[str, Any], settings: DataSettings, *, form: str, where: str, answers: bool = True) -> Row:
@@ -91,7 +99,7 @@ def unknown_form(row: Mapping[str, Any], where: str) -> InputError:
     keys = [str(key) for key in row]
     known = {name for choices in _NEEDED.values() for choice in choices for name in choice}
     for form, choices in _NEEDED.items():
-        for choice in choices:
+        for choice in choices if form != "unpaired" else ():
             there = [name for name in choice if name in keys]
             if there and (missing := [name for name in choice if name not in keys]):
                 rest = [key for key in keys if key not in known]
@@ -237,19 +245,48 @@ def _preference(view: _View) -> Row:
     else:
         talks = {name: conversation(side, view.place(name)) for name, side in sides.items()}
         made = {"prompt": _shared_prompt(view, talks), **talks}
-    if made["chosen"] == made["rejected"]:
-        raise InputError("chosen and rejected are the same, so nothing is preferred", where=view.where)
     offered = tools(view.get("tools"), view.place("tools"))
     return {**made, **({"tools": offered} if offered else {})}
+
+
+def _unpaired(view: _View) -> Row:
+    prompt_name, answer_name = next(
+        (choice[:2] for choice in _NEEDED["unpaired"] if all(view.has(name) for name in choice[:2])),
+        ("prompt", "completion"),
+    )
+    sides: Row = {}
+    for name, own in (("prompt", prompt_name), ("completion", answer_name)):
+        value = view.need(own)
+        listed = isinstance(value, (list, tuple))
+        sides[name] = conversation(value, view.place(own)) if listed else view.text(own)
+    answer = sides["completion"]
+    if isinstance(answer, list) and [message["role"] for message in answer] != ["assistant"]:
+        raise InputError("expected one message of the assistant", where=view.place(answer_name))
+    label = view.need("label")
+    view.used.discard(view.own("label"))  # stays in `extra` too: graders may know it as a class
+    desirable = _truth(label)
+    if desirable is None:
+        raise InputError(
+            f"expected true or false (a good or a bad answer), got {str(label)[:40]!r}",
+            where=view.place("label"),
+            fix="write booleans, or set data.schema to completion if the label means something else",
+        )
+    offered = tools(view.get("tools"), view.place("tools"))
+    return {**sides, "desirable": desirable, **({"tools": offered} if offered else {})}
+
+
+def _truth(value: Any) -> bool | None:
+    """The boolean that `value` is or, in a table of text, spells; None for anything else."""
+    if isinstance(value, str):
+        return {"true": True, "false": False}.get(value.strip().lower())
+    return bool(value) if type(value).__name__ in ("bool", "bool_") else None
 
 
 def _shared_prompt(view: _View, talks: dict[str, list[Message]]) -> str | list[Message]:
     """The prompt of two conversations; takes what they repeat of it off both (in place)."""
     chosen, rejected = talks["chosen"], talks["rejected"]
-    if chosen == rejected:
-        raise InputError("chosen and rejected are the same, so nothing is preferred", where=view.where)
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+    shared, most = 0, len(chosen) - 1 if chosen == rejected else min(len(chosen), len(rejected))
+    while shared < most and chosen[shared] == rejected[shared]:
         shared += 1
     given = view.get("prompt")
     prompt: str | list[Message] | None = given if isinstance(given, str) else None
@@ -275,4 +312,5 @@ _FORMS: dict[str, Callable[[_View], Row]] = {
     "sharegpt": _sharegpt,
     "alpaca": _alpaca,
     "preference": _preference,
+    "unpaired": _unpaired,
 }

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from luthier.data.clean import content_key, empty_parts, key_of, private_data, row_text, word_hashes
 from luthier.data.forms import Row
 from luthier.data.near_duplicates import FUNCTIONS, sketch
+from luthier.data.roles import is_judged
 from luthier.errors import InputError
 
 MAX_CLASSES = 10_000
@@ -34,7 +35,7 @@ class Ledger:
         groups: uint64, equal within a group.         classes: int32, index into `labels`; -1 without a label.
         sources: int16, as given to `add`.            characters: int64, length of the text.
     And over all rows: `labels`, `forms`, `private` (rows with each kind of private data), `empty` (places and number
-    of rows in which an answer is empty).
+    of rows in which an answer is empty) and `empty_judged` (the same of pairs and judged answers).
     """
 
     def __init__(self, folder: Path, *, sketches: bool):
@@ -49,6 +50,8 @@ class Ledger:
         self.private: Counter[str] = Counter()
         self.empty: list[str] = []
         self.empty_rows = 0
+        self.empty_judged: list[str] = []
+        self.empty_judged_rows = 0
 
     def __len__(self) -> int:
         return len(self._columns["ids"])
@@ -81,9 +84,12 @@ class Ledger:
         self._offset += len(line)
         if self._sketches is not None:
             self._sketches.write(sketch(word_hashes(row_text(row, system=False))).tobytes())
-        self.forms[next(form for form in ("messages", "chosen", "completion", "text") if form in row)] += 1
+        self.forms[next(form for form in ("messages", "chosen", "desirable", "completion", "text") if form in row)] += 1
         self.private.update(private_data(text).keys())
-        if missing := empty_parts(row):
+        if (missing := empty_parts(row)) and is_judged(row):
+            self.empty_judged_rows += 1
+            self.empty_judged += [f"{row['where']}, {missing[0]}"] if len(self.empty_judged) < SHOWN else []
+        elif missing:
             self.empty_rows += 1
             self.empty += [f"{row['where']}, {missing[0]}"] if len(self.empty) < SHOWN else []
 

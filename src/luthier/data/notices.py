@@ -127,6 +127,10 @@ def _empty(ledger: Ledger) -> Iterator[Finding]:
         more = " ..." if ledger.empty_rows > len(ledger.empty) else ""
         message = f"{ledger.empty_rows} rows have an empty text or answer: {'; '.join(ledger.empty)}{more}"
         yield Finding(level="error", code="data.empty_answer", message=message, value=ledger.empty_rows, limit=0)
+    if count := ledger.empty_judged_rows:
+        more = " ..." if count > len(ledger.empty_judged) else ""
+        message = f"{count} rows have an empty answer and are left out: {'; '.join(ledger.empty_judged)}{more}"
+        yield Finding(level="warn", code="data.empty_judged_answer", message=message, value=count, limit=0)
 
 
 def _copies(ledger: Ledger, split: NDArray[np.int8], compared: Comparison, settings: DataSettings) -> Iterator[Finding]:

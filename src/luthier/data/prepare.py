@@ -4,6 +4,7 @@
     split                           by hash, within groups and classes (`split`); files given for one are taken whole
     compare                         exact and near copies, rows shared between splits, contamination
     take out of the training rows   copies (`deduplicate`) and leaked rows (`decontaminate`); held-out rows stay
+    draw                            so many training rows by the seed (`sample`), in nested subsets
     weigh                           repeat or leave out training rows (`balance`)
     write                           train.jsonl, validation.jsonl, test.jsonl, datacard.json: aside first, then renamed
 
@@ -13,6 +14,7 @@ What is noticed, as findings:
     data.contamination    error  more than 0.1% of the training rows contain evaluation text, and are kept;
                           warn   they were taken out (`decontaminate`), or are fewer
     data.empty_answer     error  rows with an empty text or answer
+    data.empty_judged_answer  warn  the same in rows of pairs or of judged answers, which are left out
     data.duplicates       info   copies among the training rows (warn: more than a tenth, or they are kept)
     data.near_duplicates  info   nearly equal rows (warn: a hundredth of the training rows is near a held-out row, kept)
     data.group_overlap    warn   groups of a given validation or test file are in the training rows too
@@ -123,6 +125,8 @@ def _prepare(
     if not kept.any():
         what = f"no training row is left of {int((split == TRAIN).sum())}: all are copies or contain evaluation text"
         raise InputError(what, where="data", fix="give other rows, or set data.deduplicate and data.decontaminate")
+    if settings.sample is not None:
+        kept = _drawn(ledger, kept, settings.sample, seed)
     weights = np.array([source.weight for _, source in sources])[ledger.sources[kept]]
     times = (split != TRAIN).astype(np.int64)
     times[kept] = copies(
@@ -250,6 +254,20 @@ def _contaminated(ledger: Ledger, train: Mask, held_out: Mask, texts: Iterable[s
     return found, evaluation.texts
 
 
+def _drawn(ledger: Ledger, kept: Mask, sample: int, seed: int) -> Mask:
+    """`sample` of the rows that are `kept`: the first in an order that depends on their content and the seed alone.
+
+    A smaller sample is therefore part of a larger one, and held-out rows are the same for both.
+    """
+    rows = np.flatnonzero(kept)
+    if sample > len(rows):
+        what = f"{sample:,} training rows are asked for, and there are {len(rows):,}"
+        raise InputError(what, where="data.sample", fix="ask for fewer, or leave it out to train on all")
+    drawn = np.zeros_like(kept)
+    drawn[rows[np.argsort(mixed(ledger.ids[rows], seed), kind="stable")[:sample]]] = True
+    return drawn
+
+
 def _write(ledger: Ledger, split: NDArray[np.int8], times: NDArray[np.int64], scratch: Path) -> None:
     """Each row as often as `times` says into the file of its split."""
     doubles = _repeated_ids(ledger, split)
@@ -301,8 +319,10 @@ def _card(
         "characters": {name: _percentiles(ledger.characters[mask]) for name, mask in masks.items() if mask.any()},
         "removed": compared.counts(split == TRAIN),
         "private": dict(sorted(ledger.private.items())),
-        "empty": ledger.empty_rows,
+        "empty": ledger.empty_rows + ledger.empty_judged_rows,
     }
+    if settings.sample is not None:
+        card["sample"] = settings.sample
     if settings.label_key is not None:
         card["label_key"] = settings.label_key
         card["labels"] = {name: ledger_counts(ledger, mask, times) for name, mask in masks.items()}

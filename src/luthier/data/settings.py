@@ -28,11 +28,11 @@ from pydantic import (
 
 from luthier.errors import did_you_mean
 
-Form = Literal["auto", "text", "completion", "messages", "preference", "alpaca", "sharegpt"]
+Form = Literal["auto", "text", "completion", "messages", "preference", "unpaired", "alpaca", "sharegpt"]
 
 # The columns that `columns` may rename; the keys of all forms together.
 CANONICAL_COLUMNS = (
-    *("text", "prompt", "completion", "messages", "tools", "system", "chosen", "rejected"),
+    *("text", "prompt", "completion", "messages", "tools", "system", "chosen", "rejected", "label"),
     *("instruction", "input", "output", "history", "conversations"),
 )
 
@@ -135,6 +135,9 @@ class DataSettings(BaseModel):
         2.0, ge=1, le=1000, description="balance: temperature makes class shares proportional to count ** (1 / this)."
     )
     limit: int | None = Field(None, ge=1, description="Read only the first so many rows of each source.")
+    sample: int | None = Field(
+        None, ge=1, description="Train on so many of the training rows, drawn by the seed; small lies in large."
+    )
     deduplicate: Literal["none", "exact", "near"] = Field(
         "exact", description="Which copies to take out of the training rows; near ones are reported unless none."
     )

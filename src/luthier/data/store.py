@@ -1,12 +1,14 @@
 """Encoded examples on disk: written as a stream, read at random through a memory map.
 
-One Arrow file holds the examples of a split (`input_ids`, `labels`, the index of the row each came from, its number of
-tokens with loss), and `encoding.json` beside it what was noticed. Neither writing nor reading needs more memory than
-one chunk, the same rows give the same bytes, and both files appear under their names only when they are whole.
+One Arrow file holds the examples of a split (`input_ids`, `labels`, the index of the row each came from, its role in
+it, its number of tokens with loss), and `encoding.json` beside it what was noticed. Neither writing nor reading needs
+more memory than one chunk, the same rows give the same bytes, and both files appear under their names only when they
+are whole.
 
 What is noticed here and not earlier, because it needs the tokenizer:
 
     data.no_loss_tokens  error  rows in which nothing is left to learn (all labels masked, or cut away): left out
+    data.no_answer_left  warn   the same in rows whose answers are compared or judged; also where one is empty
     data.truncated       warn   more than 1% of the examples were cut
     data.too_long        warn   rows dropped for their length (`too_long: drop`)
     data.no_eos          warn   uncut examples whose loss does not end with a token that ends an answer: the model
@@ -27,7 +29,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from luthier.data.clean import empty_parts
 from luthier.data.encode import Encoded, Encoder, Row, fit, loss_tokens
+from luthier.data.roles import is_judged, roles_of
 from luthier.data.templates import end_token_ids
 from luthier.errors import InputError
 from luthier.findings import Finding, Level
@@ -46,6 +50,7 @@ _SCHEMA = pa.schema(
         ("input_ids", pa.list_(pa.int32())),
         ("labels", pa.list_(pa.int32())),
         ("row", pa.int64()),
+        ("role", pa.int8()),
         ("loss_tokens", pa.int32()),
     ]
 )
@@ -58,6 +63,7 @@ class Encodings:
         lengths: (examples,) int64, tokens of each.
         loss_tokens: (examples,) int64, tokens with loss of each (never 0).
         row: (examples,) int64, index of the row each came from; the two sides of a preference row stand together.
+        role: (examples,) int64, what each is to its row (`luthier.data.roles`).
         facts: what was counted, json-able; `facts["max_length"]` is the limit that was applied (None if none).
         findings: what was noticed.
     """
@@ -77,6 +83,7 @@ class Encodings:
         self._labels = [_lists(batch.column("labels")) for batch in batches]
         self.lengths = _joined([np.diff(offsets) for offsets, _ in self._ids])
         self.row = _joined([batch.column("row").to_numpy() for batch in batches])
+        self.role = _joined([batch.column("role").to_numpy() for batch in batches])
         self.loss_tokens = _joined([batch.column("loss_tokens").to_numpy() for batch in batches])
 
         if len(self) != self.facts["examples"]:
@@ -163,7 +170,7 @@ def limit_split(
             yield index, rows[index], [encodings[i] for i in range(start, stop)]
             start = stop
 
-    earlier = {key: encodings.facts[key] for key in ("rows", "no_loss", "no_loss_rows")}
+    earlier = {key: encodings.facts[key] for key in _Counts.CARRIED}
     return _write(examples(), end_token_ids(tokenizer), settings, Path(directory), max_length, earlier)
 
 
@@ -194,10 +201,11 @@ def _write(
     aside = [directory / f".{name}.{os.getpid()}" for name in _FILES]
     try:
         with pa.OSFile(str(aside[0]), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
-            kept: list[tuple[Encoded, int, int]] = []
+            kept: list[tuple[Encoded, int, int, int]] = []
             for index, row, uncut in examples:
                 parts = counts.sift(uncut, fit(uncut, max_length, settings, row), row)
-                kept += [(example, index, loss_tokens(example)) for example in parts]
+                roles = roles_of(row, len(parts))
+                kept += [(e, index, role, loss_tokens(e)) for e, role in zip(parts, roles, strict=True)]
                 if len(kept) >= CHUNK_ROWS:
                     writer.write_batch(_record_batch(kept))
                     kept = []
@@ -216,12 +224,16 @@ def _write(
 class _Counts:
     """What the stream of examples adds up to."""
 
+    CARRIED = ("rows", "no_loss", "no_loss_rows", "no_answer", "no_answer_rows")  # from the uncut to the cut split
+
     def __init__(self, ends: list[int], max_length: int | None, earlier: dict[str, Any] | None):
         self.ends, self.max_length = set(ends), max_length
         self.rows = self.examples = self.tokens = self.learned = self.truncated = self.dropped = self.no_end = 0
         self.whole = self.unrolled = 0
         self.no_loss: int = earlier["no_loss"] if earlier else 0
         self.no_loss_rows: list[str] = list(earlier["no_loss_rows"]) if earlier else []
+        self.no_answer: int = earlier["no_answer"] if earlier else 0
+        self.no_answer_rows: list[str] = list(earlier["no_answer_rows"]) if earlier else []
         self.rows_before: int | None = earlier["rows"] if earlier else None
 
     def sift(self, uncut: list[Encoded], examples: list[Encoded], row: Row) -> list[Encoded]:
@@ -230,10 +242,15 @@ class _Counts:
         self.dropped += bool(len(examples) < len(uncut))
         self.unrolled += bool("messages" in row and len(uncut) > 1)
         learned = [loss_tokens(example) for example in examples]
-        if examples and (not any(learned) or ("chosen" in row and not all(learned))):
+        where = str(row.get("where", f"row {self.rows - 1}"))
+        if examples and is_judged(row):
+            if not all(learned) or empty_parts(row):
+                self.no_answer += 1
+                self.no_answer_rows += [where] if len(self.no_answer_rows) < SHOWN else []
+                return []
+        elif examples and not any(learned):
             self.no_loss += 1
-            if len(self.no_loss_rows) < SHOWN:
-                self.no_loss_rows.append(str(row.get("where", f"row {self.rows - 1}")))
+            self.no_loss_rows += [where] if len(self.no_loss_rows) < SHOWN else []
             return []
         kept = [example for example, count in zip(examples, learned, strict=True) if count]
         self.examples += len(kept)
@@ -260,6 +277,8 @@ class _Counts:
             "unrolled_rows": self.unrolled,
             "no_loss": self.no_loss,
             "no_loss_rows": self.no_loss_rows,
+            "no_answer": self.no_answer,
+            "no_answer_rows": self.no_answer_rows,
             "no_end": self.no_end,
         }
 
@@ -270,6 +289,11 @@ class _Counts:
             cause = "" if self.max_length is None else f" (with max_length {self.max_length})"
             message = f"{self.no_loss} rows have no token to learn from{cause}: {shown}"
             found.append(_finding("error", "no_loss_tokens", message, self.no_loss, 0))
+        if self.no_answer:
+            shown = ", ".join(self.no_answer_rows[:5]) + (" ..." if self.no_answer > 5 else "")
+            cause = "is empty" if self.max_length is None else f"is empty or cut away (max_length {self.max_length})"
+            message = f"{self.no_answer} rows of which an answer {cause} were left out: {shown}"
+            found.append(_finding("warn", "no_answer_left", message, self.no_answer, 0))
         share = self.truncated / self.examples if self.examples else 0.0
         if share > TRUNCATED_LIMIT:
             message = f"{self.truncated} of {self.examples} examples ({share:.1%}) were cut to {self.max_length} tokens"
@@ -288,14 +312,11 @@ def _finding(level: Level, code: str, message: str, value: Any, limit: Any) -> F
     return Finding(level=level, code=f"data.{code}", message=message, value=value, limit=limit)
 
 
-def _record_batch(kept: list[tuple[Encoded, int, int]]) -> pa.RecordBatch:
-    columns = [
-        pa.array([example["input_ids"] for example, _, _ in kept], _SCHEMA.field("input_ids").type),
-        pa.array([example["labels"] for example, _, _ in kept], _SCHEMA.field("labels").type),
-        pa.array([row for _, row, _ in kept], pa.int64()),
-        pa.array([learned for _, _, learned in kept], pa.int32()),
-    ]
-    return pa.record_batch(columns, schema=_SCHEMA)
+def _record_batch(kept: list[tuple[Encoded, int, int, int]]) -> pa.RecordBatch:
+    examples, rows, roles, learned = zip(*kept, strict=True)
+    lists = ([example[name] for example in examples] for name in ("input_ids", "labels"))  # type: ignore[literal-required]
+    columns = zip([*lists, rows, roles, learned], _SCHEMA, strict=True)
+    return pa.record_batch([pa.array(values, field.type) for values, field in columns], schema=_SCHEMA)
 
 
 def _lists(column: pa.ListArray) -> tuple[NDArray[Any], NDArray[Any]]:

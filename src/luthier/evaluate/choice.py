@@ -2,6 +2,7 @@
 
     - {method: choice, source: exam.jsonl}                              options in the row's own column `options`
     - {method: choice, options: [positive, negative]}                   the same options for every row
+    - {method: choice}                                                  on preference rows: the chosen and the rejected
 
 A row is one with a prompt and an answer; its answer is one of its options: the same text, or else its letter (A is the
 first) or, in a column named by `answer`, its number (0 is the first). Each option is put in the answer's place, so what
@@ -136,6 +137,8 @@ class Choice(Task):
         if isinstance(self.options, list):
             return self.options
         columns = row.get("extra") or {}
+        if self.options not in columns and "rejected" in row:
+            return [_said(row, side) for side in ("chosen", "rejected")]
         if self.options not in columns:
             raise InputError(
                 f"the row has no options: no column {self.options!r} beside {sorted(columns)}",
@@ -166,6 +169,16 @@ class Choice(Task):
         if isinstance(told, int) and not isinstance(told, bool) and 0 <= told < len(options):
             return told
         raise InputError(f"the answer {str(told)[:60]!r} is none of the {len(options)} options", where=row.get("where"))
+
+
+def _said(row: Row, side: str) -> str:
+    """The text of one side of a preference row."""
+    answer = row[side]
+    if isinstance(answer, str):
+        return answer
+    if len(answer) == 1 and isinstance(answer[0].get("content"), str):
+        return answer[0]["content"]
+    raise InputError(f"{side} is not one answer in words, so it cannot be an option", where=row.get("where"))
 
 
 def answered(row: Row, option: str) -> dict[str, Any]:

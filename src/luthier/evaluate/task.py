@@ -116,6 +116,8 @@ class Task(Method):
     def rows(self, context: Context) -> list[Row]:
         """The task's rows: each id once, at most `limit`, in the source's order.
 
+        Of the run's test split, answers judged undesirable are left out: nobody should be measured by them.
+
         Raises `InputError` if there is neither a source nor a test split, a row has no id, or there is no row.
         """
         unique = self._unique(self._stream(context))
@@ -178,7 +180,7 @@ class Task(Method):
             )
         from luthier.data.rows import Rows
 
-        return iter(Rows(context.test_rows))
+        return (row for row in Rows(context.test_rows) if row.get("desirable", True))
 
     def _unique(self, rows: Iterable[Row]) -> Iterable[tuple[int, Row]]:
         seen: set[str] = set()

@@ -15,10 +15,14 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 METHODS = {
+    "antidote": "luthier.merge.antidote:Antidote",
     "breadcrumbs": "luthier.merge.breadcrumbs:Breadcrumbs",
+    "graft": "luthier.merge.graft:Graft",
     "linear": "luthier.merge.linear:Linear",
     "lines": "luthier.merge.lines:Lines",
+    "patch": "luthier.merge.patch:Patch",
     "pcb": "luthier.merge.pcb:Pcb",
+    "pleas": "luthier.merge.pleas:Pleas",
     "slerp": "luthier.merge.slerp:Slerp",
     "task-arithmetic": "luthier.merge.task_arithmetic:TaskArithmetic",
     "ties": "luthier.merge.ties:Ties",

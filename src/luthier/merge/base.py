@@ -20,7 +20,7 @@ models of another, without ever being written (see `sources.MergedSource`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -39,21 +39,26 @@ if TYPE_CHECKING:
     from luthier.merge.sources import Source
 
 Reach = Literal["tile", "tensor", "model"]
+Data = Iterable[Any] | Mapping[str, Iterable[Any]]
+Score = float | Mapping[str, float]
 
 
 class Rows:
     """The same rows of one tensor in one model: `values` (rows, columns) float32, and their `delta` to the base."""
 
-    def __init__(self, values: Callable[[], Tensor], delta: Callable[[Tensor], Tensor] | None = None):
-        self._values, self._delta = values, delta
+    def __init__(self, values: Callable[[], Tensor], change: Callable[[], Tensor] | None = None):
+        self._values, self._change = values, change
 
     @cached_property
     def values(self) -> Tensor:
         return self._values()
 
-    def delta(self, base: Tensor) -> Tensor:
-        """values - base; of an adapter the product of its factors itself, which is not rounded through the sum."""
-        return self._delta(base) if self._delta is not None else self.values - base
+    def delta(self, base: Tensor, out: Tensor) -> None:
+        """values - base into `out`; of an adapter the product of its factors, which is not rounded through the sum."""
+        if self._change is not None:
+            out.copy_(self._change())
+        else:
+            torch.sub(self.values, base, out=out)
 
 
 @dataclass(frozen=True)
@@ -66,16 +71,26 @@ class Tile:
     Attributes:
         name: of the tensor.
         place: of the tile's first element, counted over all mergeable tensors in the order of the walk.
-        depth: of the tensor among the blocks; None outside.
         shape: of the whole tensor.
+        region: of the tensor, by the model's topology where there is one, else by its name (`embedding`, `head`, ...).
     """
 
     name: str
     place: int
-    depth: Depth | None
     shape: tuple[int, ...]
+    _depth_of: DepthOf = field(repr=False)
     _base: Rows | None = field(repr=False)
     _models: Sequence[Rows] = field(repr=False)
+    _region: Callable[[str], str] = field(repr=False, default=lambda name: "other")
+
+    @property
+    def region(self) -> str:
+        return self._region(self.name)
+
+    @property
+    def depth(self) -> Depth | None:
+        """Where the tensor stands among the blocks; None outside."""
+        return self._depth_of(self.name)
 
     @property
     def size(self) -> int:
@@ -101,7 +116,10 @@ class Tile:
     @cached_property
     def deltas(self) -> Tensor:
         """(K, rows, columns) float32: models - base."""
-        return torch.stack([rows.delta(self.base) for rows in self._models])
+        found = torch.empty(len(self._models), *self.base.shape)
+        for rows, out in zip(self._models, found, strict=True):
+            rows.delta(self.base, out)
+        return found
 
     def sides(self) -> list[Tensor]:
         """The rows of the base, if there is one, and of each model."""
@@ -109,10 +127,22 @@ class Tile:
 
     def at(self, setting: Knob) -> float:
         """The number that a setting means for this tensor."""
-        return value_of(setting, self.name, self.depth)
+        return setting if isinstance(setting, float) else value_of(setting, self.name, self.depth)
 
 
-Tiles = Callable[[], Iterable[Tile]]
+@dataclass(frozen=True)
+class Tiles:
+    """Tiles that can be gone through again and again: each call is a pass over all models.
+
+    Attributes:
+        elements: of all tiles together.
+    """
+
+    elements: int
+    _walk: Callable[[], Iterator[Tile]]
+
+    def __call__(self) -> Iterator[Tile]:
+        return self._walk()
 
 
 @dataclass(frozen=True)
@@ -219,14 +249,21 @@ class WholeModelMerge(Method):
     models_allowed: ClassVar[tuple[int, int | None]] = (1, None)
     needs_data: ClassVar[bool] = False
 
+    def streamed(self) -> Merge | None:
+        """The merge of tensors that gives the same with these settings, if no model need be run; else None.
+
+        It is taken where folders or tensors are given, so that they may be of any size.
+        """
+        return None
+
     def combine(
         self,
         models: Sequence[nn.Module],
         *,
         base: nn.Module | None = None,
-        data: Iterable[Any] | None = None,
+        data: Data | None = None,
         loss: Callable[[nn.Module, Any], Tensor] | None = None,
-        evaluate: Callable[[nn.Module], float] | None = None,
+        evaluate: Callable[[nn.Module], Score] | None = None,
     ) -> WholeMerged:
         """The merged model.
 
@@ -234,18 +271,21 @@ class WholeModelMerge(Method):
             models: in evaluation mode; they are not changed.
             base: likewise, for the methods that need one.
             data: batches that can be gone through again and again (not an iterator); a batch is what `loss` takes, or
-                the keyword arguments of the models.
+                the keyword arguments of the models. A mapping of names to such, for a method with several sets.
             loss: (model, batch) -> scalar mean loss with gradient.
-            evaluate: model -> score, higher is better.
+            evaluate: model -> score, higher is better; or several figures by name, of which `score` decides and the
+                others are kept in the report.
         """
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class WholeMerged:
-    """What a whole-model merge gives: the model, and figures for `merge.json`; `files` are tensors saved beside it
-    by file name (`mask.safetensors`)."""
+    """What a whole-model merge gives: the model, and figures for `merge.json`; `files` are saved beside it by name:
+    tensors (`pairs.safetensors`), or what writes a file or folder at the path that it is given (`Selection.save`);
+    `records` are json-able objects, likewise (`pleas.json`)."""
 
     model: nn.Module
     report: dict[str, Any]
-    files: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    files: dict[str, dict[str, Tensor] | Callable[[Path], object]] = field(default_factory=dict)
+    records: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -91,7 +91,7 @@ class Breadcrumbs(Merge):
             return [(Cut(float("inf"), 0), Cut(float("inf"), 0))] * first.count
         if stop - start == first.size:
             return [(Cut(float("inf"), 0), Cut(float("-inf"), EVERY))] * first.count
-        cuts = top_cuts(lambda: ((tile.place, tile.deltas.abs()) for tile in tiles()), [start, stop])
+        cuts = top_cuts(lambda: ((tile.place, tile.deltas) for tile in tiles()), [start, stop], magnitudes=True)
         return [(above, within) for above, within in cuts]
 
     def combine(self, tile: Tile, found: Found | None) -> Merged:
@@ -119,11 +119,12 @@ def crumbs(deltas: Tensor, cuts: Found, place: int) -> Tensor:
     Args:
         place: of the first element, as the cuts count them.
     """
-    kept = []
-    for (outliers, within), delta in zip(cuts, deltas, strict=True):
-        sizes = delta.abs()
-        kept.append(within.above(sizes, place) & ~outliers.above(sizes, place))
-    return torch.where(torch.stack(kept), deltas, 0.0)
+    kept, largest = torch.empty_like(deltas), torch.empty_like(deltas[0])
+    for (outliers, within), delta, out in zip(cuts, deltas, kept, strict=True):
+        within.keep(delta, place, out)
+        outliers.keep(delta, place, largest)
+        out -= largest
+    return kept
 
 
 def crumbs_of_rows(deltas: Tensor, start: int, stop: int) -> Tensor:

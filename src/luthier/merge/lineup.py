@@ -7,7 +7,8 @@ tensors that differ. A tied tensor that only some files spell out twice is count
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from luthier.errors import InputError
 from luthier.merge.base import Merge, Merged, Rows, Shape, Tile, Tiles
-from luthier.merge.depth import depth_of
+from luthier.merge.depth import depth_of, region_of
 from luthier.merge.sources import Source, blocks_of, config_of, matrix_shape
 from luthier.weights.depth import DepthOf
 from luthier.weights.hashing import tensor_hash
@@ -61,16 +62,26 @@ class Lineup:
             if different:
                 what = f"{len(different)} tensors of whole numbers differ from those of {self.frame.label}"
                 raise InputError(f"{what} ({some(different)})", where=source.label)
-        self.depth_of = depths or depth_of(self.frame.folder, self.names)
+        self._depths = depths
         self.places: dict[str, int] = {}
         self.elements = 0
         for name in self.names:
             self.places[name] = self.elements
             self.elements += self.infos[name].elements
 
+    @cached_property
+    def depth_of(self) -> DepthOf:
+        """Depth of a tensor; the topology is only found when somebody asks, since it takes seconds."""
+        return self._depths or depth_of(self.frame.folder, self.names)
+
     @property
     def shape(self) -> Shape:
-        return Shape(len(self.models), self.depth_of, self.names)
+        return Shape(len(self.models), lambda name: self.depth_of(name), self.names)
+
+    @cached_property
+    def region_of(self) -> Callable[[str], str]:
+        """Region of a tensor by name."""
+        return region_of(self.frame.folder, self.names)
 
     @property
     def bytes(self) -> int:
@@ -84,7 +95,15 @@ class Lineup:
         base = self.base.rows(name, start, stop) if self.base is not None else None
         place = self.places[name] + start * matrix_shape(info.shape)[1]
         models = [model.rows(name, start, stop) for model in self.models]
-        return Tile(name, place, self.depth_of(name), info.shape, base, models)
+        return Tile(
+            name,
+            place,
+            info.shape,
+            lambda name: self.depth_of(name),
+            base,
+            models,
+            lambda name: self.region_of(name),
+        )
 
     def tiles(self, names: Iterable[str] | None = None) -> Iterator[Tile]:
         """All tiles of `names` (default: all that are merged), in order."""
@@ -123,19 +142,20 @@ class Step:
     @property
     def found(self) -> Any:
         """What the survey of the whole model found."""
-        return self._survey("", self.lineup.tiles) if self.method.reach == "model" else None
+        return self._survey("", self.lineup.names) if self.method.reach == "model" else None
 
     def found_of(self, name: str) -> Any:
         """What `combine` gets for one tensor."""
         if self.method.reach == "tensor":
-            return self._survey(name, lambda: self.lineup.tiles([name]))
+            return self._survey(name, [name])
         return self.found
 
-    def _survey(self, key: str, tiles: Tiles) -> Any:
+    def _survey(self, key: str, names: Sequence[str]) -> Any:
         if key not in self._found:
             if not self.keep:
                 self._found.clear()
-            self._found[key] = self.method.survey(tiles)
+            elements = sum(self.lineup.infos[name].elements for name in names)
+            self._found[key] = self.method.survey(Tiles(elements, lambda: self.lineup.tiles(names)))
         return self._found[key]
 
     def merged(self, name: str, start: int, stop: int) -> Merged:

@@ -13,17 +13,17 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from luthier.errors import InputError
 from luthier.findings import Finding
-from luthier.merge.base import Merge, Merged, Tile, WholeModelMerge
+from luthier.merge.base import Data, Merge, Merged, Score, Tile, WholeModelMerge
 from luthier.merge.lineup import Lineup, Step
 from luthier.merge.report import Counter, draw
 from luthier.merge.sources import Source, open_source
@@ -31,7 +31,7 @@ from luthier.merge.vocabulary import same_vocabulary
 from luthier.methods import build
 from luthier.models.files import write_aside
 from luthier.weights.algebra import finite
-from luthier.weights.depth import DepthOf
+from luthier.weights.depth import DepthOf, depth_of_names
 from luthier.weights.writer import SHARD_BYTES, copy_others, refuse_filled, write_weights
 
 Say = Callable[[int, int], None]  # bytes read so far, of how many
@@ -63,9 +63,9 @@ def merge(
     models: Sequence[Any],
     base: Any = None,
     out: Path | str | None = None,
-    data: Iterable[Any] | None = None,
+    data: Data | None = None,
     loss: Callable[..., Tensor] | None = None,
-    evaluate: Callable[[Any], float] | None = None,
+    evaluate: Callable[[Any], Score] | None = None,
     vocabulary: Vocabulary = "refuse",
     depth_of: DepthOf | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -87,6 +87,8 @@ def merge(
     chosen = build("merge", method)
     if out is not None:
         refuse_filled(Path(out))
+    if isinstance(chosen, WholeModelMerge) and not any(isinstance(given, nn.Module) for given in (base, *models)):
+        chosen = chosen.streamed() or chosen
     if isinstance(chosen, WholeModelMerge):
         from luthier.merge.whole import merge_modules
 
@@ -122,9 +124,9 @@ def write_step(
     say: Say = lambda *_: None,
     more: dict[str, Any] | None = None,
 ) -> MergeResult:
-    """Make the passes of a step and write or return its outcome with its report, and what `more` it should tell."""
+    """Make the passes of a step, and write or return its outcome with its report and what `more` is told there."""
     lineup, method = step.lineup, step.method
-    counter = Counter([model.label for model in lineup.models], lineup.depth_of)
+    counter = Counter([model.label for model in lineup.models], depth_of_names(lineup.names))
     total, done = lineup.bytes * (method.passes + 1), 0
     if method.reach == "model":
         _ = step.found

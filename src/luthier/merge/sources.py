@@ -29,6 +29,7 @@ from luthier.weights.adapter import LowRankDelta, factors_of
 from luthier.weights.algebra import finite
 from luthier.weights.info import Info, infos_of
 
+LET_GO = 2**24  # bytes of a mapped tensor that were read before their pages are let go
 TILE = 2**18  # elements of a tile, so that the tiles of a few models fit a cache; a longer row is a tile of its own
 
 
@@ -116,14 +117,22 @@ class StoredSource:
         self.tensors, self.label, self.folder = tensors, label, folder
         self.infos: Mapping[str, Info] = infos_of(tensors)
         self._last: tuple[str, Tensor] | None = None
+        self._read = 0  # bytes of the last tensor that were handed out and may be let go
 
     def whole(self, name: str) -> Tensor:
         return self.tensors[name]
 
     def rows(self, name: str, start: int, stop: int) -> Rows:
         if self._last is None or self._last[0] != name:
-            self._last = name, as_matrix(self.tensors[name].detach())
-        part = self._last[1][start:stop]
+            if self._last is not None and isinstance(self.tensors, Weights):
+                self.tensors.release(self._last[0])
+            self._last, self._read = (name, as_matrix(self.tensors[name].detach())), 0
+        matrix = self._last[1]
+        before = start * matrix.shape[1] * matrix.element_size()
+        if isinstance(self.tensors, Weights) and before - self._read > LET_GO:
+            self.tensors.release(name, 0, before)
+            self._read = before
+        part = matrix[start:stop]
         return Rows(lambda: part.to("cpu", torch.float32))
 
     def digest(self) -> str:
@@ -145,7 +154,7 @@ class AdapterSource:
     def rows(self, name: str, start: int, stop: int) -> Rows:
         base = self.base.rows(name, start, stop)
         if name not in self._factors:
-            return Rows(lambda: base.values, torch.zeros_like)
+            return Rows(lambda: base.values, lambda: torch.zeros(()))
         return _product(base, *self._factors[name], start, stop)
 
     def digest(self) -> str:
@@ -170,7 +179,7 @@ class DeltaSource:
     def rows(self, name: str, start: int, stop: int) -> Rows:
         base = self.base.rows(name, start, stop)
         if name not in self.delta.tensors:
-            return Rows(lambda: base.values, torch.zeros_like)
+            return Rows(lambda: base.values, lambda: torch.zeros(()))
         if isinstance(self.delta, LowRankDelta):
             return _product(base, *self.delta.factors(name), start, stop)
         columns = matrix_shape(self.infos[name].shape)[1]
@@ -200,7 +209,7 @@ def _product(base: Rows, left: Tensor, right: Tensor, start: int, stop: int) -> 
     def change() -> Tensor:
         return left[start:stop] @ right
 
-    return Rows(lambda: base.values + change(), lambda _: change())
+    return Rows(lambda: base.values + change(), change)
 
 
 class AgainstSource:
@@ -220,7 +229,7 @@ class AgainstSource:
         ours = self.inner.rows(name, start, stop)
         theirs = self.own_base.rows(name, start, stop)
 
-        def change(_: Tensor) -> Tensor:
+        def change() -> Tensor:
             if not finite(theirs.values):
                 what = f"{name} holds values that are infinite or not numbers"
                 raise InputError(what, where=self.own_base.label, fix="mend that model first")

@@ -35,7 +35,7 @@ from torch import Tensor
 from luthier.merge.base import Merge, Merged, Reach, Shape, Tile, Tiles
 from luthier.merge.knobs import knob, numbers_of
 from luthier.merge.weighting import check_weights, weights_at
-from luthier.weights.algebra import Agg, agree, elect, moved
+from luthier.weights.algebra import Agg, agree, balance, elect, moved
 from luthier.weights.ranks import EVERY, Cut, order_statistics, top_cuts
 
 
@@ -82,19 +82,19 @@ class Ties(Merge):
 
     def survey(self, tiles: Tiles) -> Found:
         def walk() -> Iterator[tuple[int, Tensor]]:
-            return ((tile.place, tile.deltas.abs()) for tile in tiles())
+            return ((tile.place, tile.deltas) for tile in tiles())
 
-        about = {tile.name: (tile.size, tile.count) for tile in tiles()}  # no numbers are read
-        total, count = sum(size for size, _ in about.values()), next(iter(about.values()))[1]
-        kept = int(total * self.density)
-        if kept == total and self.trim == "exact":
-            cuts = [Cut(float("-inf"), EVERY)] * count
-        elif self.trim == "exact":
-            cuts = [row[0] for row in top_cuts(walk, [max(1, kept)])]
-        else:  # 1-based rank of the threshold among all magnitudes, ascending: total - kept
-            cuts = [Cut(float(value), EVERY) for value in order_statistics(walk, [max(total - kept, 1) - 1])[:, 0]]
-        balance = sum(float(elect(self._trimmed(tile, cuts)).sum(dtype=torch.float64)) for tile in tiles())
-        return Found(cuts, int(balance > 0) - int(balance < 0))
+        kept = int(tiles.elements * self.density)
+        if self.trim == "reference":  # 1-based rank of the threshold among all magnitudes, ascending: elements - kept
+            smallest = max(tiles.elements - kept, 1) - 1
+            found = order_statistics(walk, [smallest], magnitudes=True)[:, 0]
+            cuts = [Cut(float(value), EVERY) for value in found]
+        elif kept == tiles.elements:
+            cuts = [Cut(float("-inf"), EVERY)] * next(iter(tiles())).count
+        else:
+            cuts = [row[0] for row in top_cuts(walk, [max(1, kept)], magnitudes=True)]
+        total = sum(balance(elect(self._trimmed(tile, cuts))) for tile in tiles())
+        return Found(cuts, int(total > 0) - int(total < 0))
 
     def combine(self, tile: Tile, found: Found) -> Merged:
         trimmed = self._trimmed(tile, found.cuts)
@@ -119,8 +119,10 @@ def trim(deltas: Tensor, cuts: Sequence[Cut], place: int) -> Tensor:
     Args:
         place: of the first element, as the cuts count them.
     """
-    kept = [cut.above(delta.abs(), place) for cut, delta in zip(cuts, deltas, strict=True)]
-    return torch.where(torch.stack(kept), deltas, 0.0)
+    trimmed = torch.empty_like(deltas)
+    for cut, delta, out in zip(cuts, deltas, trimmed, strict=True):
+        cut.keep(delta, place, out)
+    return trimmed
 
 
 def ties(trimmed: Tensor, majority: int, *, weights: Sequence[float] | None, agg: Agg) -> Tensor:

@@ -20,4 +20,4 @@ def check_weights(weights: tuple[Knob, ...] | None, shape: Shape) -> None:
         raise InputError(f"{len(weights)} weights for {shape.models} models", where="weights")
     for weight in weights:
         for name in shape.names:
-            value_of(weight, name, shape.depth_of(name))
+            value_of(weight, name, None)

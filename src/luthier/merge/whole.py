@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from luthier.errors import InputError
-from luthier.merge.base import WholeMerged, WholeModelMerge
+from luthier.merge.base import Data, Score, WholeMerged, WholeModelMerge
 from luthier.merge.run import MergeResult
 from luthier.merge.sources import distinct
 from luthier.models.files import write_aside
@@ -32,9 +32,9 @@ def merge_modules(
     base: Any,
     out: Path | str | None,
     *,
-    data: Iterable[Any] | None,
+    data: Data | None,
     loss: Callable[..., Tensor] | None,
-    evaluate: Callable[[Any], float] | None,
+    evaluate: Callable[[Any], Score] | None,
 ) -> MergeResult:
     """Run `method`; see `luthier.merge.run.merge` for the arguments."""
     began = time.perf_counter()
@@ -79,8 +79,13 @@ def write_model(merged: WholeMerged, folder: Path, like: Path | None) -> None:
         save(folder, safe_serialization=True)
     else:
         save_file({n: t.contiguous() for n, t in distinct(merged.model).items()}, folder / "model.safetensors")
-    for name, tensors in merged.files.items():
-        save_file({n: t.contiguous() for n, t in tensors.items()}, folder / name)
+    for name, kept in merged.files.items():
+        if callable(kept):
+            kept(folder / name)
+        else:
+            save_file({n: t.contiguous() for n, t in kept.items()}, folder / name)
+    for name, record in merged.records.items():
+        (folder / name).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def as_module(given: Any, base: Any) -> nn.Module:

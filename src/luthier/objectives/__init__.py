@@ -26,15 +26,18 @@ _WHERE = {
     "Objective": "luthier.objectives.base",
     "Loss": "luthier.objectives.base",
     "Sft": "luthier.objectives.sft",
+    "Weighted": "luthier.objectives.weighted",
+    "objective_of": "luthier.objectives.weighted",
     "TokenLogprobs": "luthier.objectives.logprobs",
     "token_logprobs": "luthier.objectives.logprobs",
 }
-__all__ = ["METHODS", "Loss", "Objective", "Sft", "TokenLogprobs", "token_logprobs"]
+__all__ = ["METHODS", "Loss", "Objective", "Sft", "TokenLogprobs", "Weighted", "objective_of", "token_logprobs"]
 
 if TYPE_CHECKING:
     from luthier.objectives.base import Loss, Objective
     from luthier.objectives.logprobs import TokenLogprobs, token_logprobs
     from luthier.objectives.sft import Sft
+    from luthier.objectives.weighted import Weighted, objective_of
 
 
 def __getattr__(name: str) -> Any:

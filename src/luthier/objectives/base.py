@@ -7,26 +7,29 @@ sums and says how many units it summed over. What a unit is, is always explicit,
     token      every labelled token counts the same: long answers weigh more (the default of most trainers' papers)
     sequence   every answer counts the same: each one's mean over its tokens is one unit
     pair       every pair of a better and a worse answer counts the same (preference losses)
+    answer     every judged answer counts the same (`kto`)
 
 A mean of micro-batch means, which weighs tokens of short micro-batches more, cannot be expressed here.
+
+A loss is made in two halves, so that several objectives can share one forward pass (`luthier.objectives.weighted`):
+`prepare` adds to the batch what else the objective must know, and `judge` turns the log-probabilities of the labelled
+tokens into sums.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from luthier.data.encode import Encoded
 from luthier.methods import Method
+from luthier.objectives.batch import Batch, part
+from luthier.objectives.logprobs import TokenLogprobs, token_logprobs
 
-_MODEL_COLUMNS = ("input_ids", "labels", "attention_mask", "position_ids")
-IGNORED = -100  # the label of a position that carries no loss, as everywhere in transformers
-
-Batch = Mapping[str, Tensor]
 Normaliser = Literal["token", "sequence"]
 
 
@@ -51,38 +54,71 @@ class Loss:
         return torch.stack([part / over[name] if over[name] else part * 0 for name, part in self.sums.items()]).sum()
 
 
-class Objective(Method):
-    """Base of all objectives. Verb: `loss`.
+@dataclass(frozen=True)
+class ReferenceFrom:
+    """Where a reference comes from: see `luthier.objectives.preference`. `model` is as `model.base` of a recipe."""
+
+    source: Literal["auto", "adapter_off", "model", "cached"] = "auto"
+    model: str | None = None
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an objective needs of the loop.
 
     Attributes:
-        pairs: whether it learns from pairs (rows with `chosen` and `rejected`) and not from single examples.
-        referenced: prefixes of the parts of a batch whose answers the loop scores under the reference model too, as
+        learns_from: kinds of items it can learn from, the one it likes best first: see `luthier.data.views`.
+        reference: where its reference comes from; None if it needs none.
+        referenced: prefixes of the parts of a batch whose answers the loop scores under the reference too, as
             `<prefix>reference_logprobs` (sequences,): see `luthier.train.reference`.
-        smallest_batch: pairs or examples that a micro-batch must have at least.
+        prompts_at_a_time: different prompts that a micro-batch must hold at least.
         learning_rate_scale: what a tuning's default learning rate is multiplied by.
+        without_dropout: whether dropout must be off: a comparison with a reference should not be of two noises.
     """
 
+    learns_from: tuple[str, ...] = ("examples",)
+    reference: ReferenceFrom | None = None
+    referenced: tuple[str, ...] = ()
+    prompts_at_a_time: int = 1
+    learning_rate_scale: float = 1.0
+    without_dropout: bool = False
+
+
+class Objective(Method):
+    """Base of all objectives. Verb: `loss`, which is `prepare`, one forward pass, `judge`."""
+
     room: ClassVar[str] = "objectives"
-    pairs: ClassVar[bool] = False
-    referenced: ClassVar[tuple[str, ...]] = ()
-    smallest_batch: ClassVar[int] = 1
-    learning_rate_scale: ClassVar[float] = 1.0
+
+    def needs(self) -> Needs:
+        """What it asks of the loop."""
+        return Needs()
 
     @property
-    def without_dropout(self) -> bool:
-        """Whether the loop must switch dropout off: a comparison with a reference should not be of two noises."""
+    def widens_labels(self) -> bool:
+        """Whether `arrange` labels more than the answers."""
         return False
 
-    def arrange(self, examples: Sequence[Any]) -> dict[str, list[Encoded]]:
+    def arrange(self, rows: Sequence[Encoded], longest: int | None = None) -> dict[str, list[Encoded]]:
         """The sequences of one micro-batch, by prefix of their tensors' names; the plain ones have the prefix ''.
 
+        Labels of the plain part may be widened; those of the answers then stand in a part `answer_` of the same rows.
+
         Args:
-            examples: encoded examples, or (chosen, rejected) pairs of them for an objective that learns from pairs.
+            rows: encoded examples as `luthier.data.views` lays them out, good ones first; of n pairs, 2n.
+            longest: tokens of the longest sequence of all the data; no other may become longer. None: no limit.
         """
-        return {"": list(examples)}
+        return {"": list(rows)}
 
     def units(self, batch: Batch) -> dict[str, float]:
         """How many units of each kind `loss(model, batch)` will sum over, known without running the model."""
+        raise NotImplementedError
+
+    def prepare(self, model: nn.Module, batch: Batch) -> Batch:
+        """The batch with what `judge` needs beside the plain forward pass; without gradient."""
+        return batch
+
+    def judge(self, scored: TokenLogprobs, batch: Batch, credit: Tensor | None = None) -> Loss:
+        """The loss, given the log-probabilities of the labelled tokens of the plain part of the batch."""
         raise NotImplementedError
 
     def loss(self, model: nn.Module, batch: Batch, credit: Tensor | None = None) -> Loss:
@@ -90,44 +126,8 @@ class Objective(Method):
 
         Args:
             model: a causal language model of transformers, possibly wrapped by PEFT.
-            batch: tensors as `luthier.data.collate` makes them: `input_ids`, `labels` (rows, length) int64, and
-                where needed `attention_mask` or `position_ids` of the same shape; prefixed as `arrange` says.
+            batch: see `luthier.objectives.batch`.
             credit: weights per labelled token from a rollout; None for learning from data.
         """
-        raise NotImplementedError
-
-
-def labelled(labels: Tensor) -> Tensor:
-    """Which positions predict a label: (rows, length) int64 -> (rows, length - 1) bool.
-
-    Position i predicts `labels[:, i + 1]`, so the first label of a row never counts.
-    """
-    return labels[:, 1:] != IGNORED
-
-
-def sequence_index(batch: Batch) -> Tensor:
-    """Which sequence each predicted token belongs to: (rows, length - 1) int64, counted through the whole batch.
-
-    A row is one sequence unless `position_ids` restart inside it (packing), where each restart begins a new one.
-    """
-    starts = _starts(batch)
-    return (starts.flatten().cumsum(0) - 1).view_as(starts)[:, 1:]
-
-
-def sequence_count(batch: Batch) -> int:
-    """How many sequences the batch holds."""
-    return int(_starts(batch).sum())
-
-
-def part(batch: Batch, prefix: str) -> dict[str, Tensor]:
-    """What the model takes of one part of a batch, and its labels, without `prefix`."""
-    return {name: batch[prefix + name] for name in _MODEL_COLUMNS if prefix + name in batch}
-
-
-def _starts(batch: Batch) -> Tensor:
-    """(rows, length) int64, 1 where a sequence begins."""
-    starts = torch.zeros_like(batch["labels"])
-    starts[:, 0] = 1
-    if "position_ids" in batch:
-        starts = torch.where(batch["position_ids"] == 0, 1, starts)
-    return starts
+        ready = self.prepare(model, batch)
+        return self.judge(token_logprobs(model, part(ready, "")), ready, credit)

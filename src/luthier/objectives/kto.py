@@ -4,16 +4,20 @@
     undesirable   undesirable_weight (1 - sigmoid(beta (z0 - h)))
     z0 = max(0, mean of h over mismatched prompts and answers), without gradient
 
-The loss is the mean over answers. A pair is one desirable and one undesirable answer. z0 estimates the distance of
-model and reference on answers that were not asked for. Row i of a micro-batch (all chosen, then all rejected) is
+The loss is the mean over answers. It learns from pairs, each one desirable and one undesirable answer, and from single
+answers with a verdict (rows with prompt, completion and a label true or false). z0 estimates the distance of model and
+reference on answers that were not asked for. Row i of a micro-batch (all desirable ones, then all undesirable ones) is
 mismatched with the answer of row i - 1; where the two have the same prompt, of the next row with another prompt. It is
 a mean over the micro-batch and over devices, so unlike all others here this loss depends a little on how a step is cut;
-a micro-batch with one prompt only has nothing to mismatch and is refused.
+a micro-batch with one prompt only has nothing to mismatch, so the loop joins it to another. With many more answers of
+one kind, weigh the other up: `desirable_weight` times their number should be near `undesirable_weight` times the number
+of the others.
 
 When not to use it: on few rows per micro-batch (z0 is then mostly noise), or where memory for a second pass over the
 micro-batch is missing.
 
-Ethayarajh et al. 2024; compared in Saeidi et al. 2024. Where prompts repeat we take the next row; TRL does not.
+Ethayarajh et al. 2024; compared in Saeidi et al. 2024. Where prompts repeat we take the next row; TRL does not. A
+mismatched row that would be longer than any row of the data is cut, as TRL does at its `max_length`.
 """
 
 from __future__ import annotations
@@ -28,16 +32,19 @@ from torch import Tensor, nn
 
 from luthier.data.encode import Encoded
 from luthier.errors import InputError
-from luthier.objectives.base import IGNORED, Batch, Loss, part
-from luthier.objectives.preference import Referenced, answer_logprobs, answer_tokens
+from luthier.objectives.base import Loss
+from luthier.objectives.batch import IGNORED, Batch, part
+from luthier.objectives.logprobs import TokenLogprobs, token_logprobs
+from luthier.objectives.preference import Referenced, answer_sums, answer_tokens
 
 
 class Kto(Referenced):
     """Sigmoid loss of single answers against a common zero."""
 
     method: Literal["kto"] = "kto"
+    learns_from: ClassVar[tuple[str, ...]] = ("pairs", "judged")
     referenced: ClassVar[tuple[str, ...]] = ("", "mismatched_")
-    smallest_batch: ClassVar[int] = 2
+    prompts_at_a_time: ClassVar[int] = 2
     beta: float = Field(default=0.1, gt=0, allow_inf_nan=False)
     desirable_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     undesirable_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
@@ -52,34 +59,50 @@ class Kto(Referenced):
     def reward_scale(self) -> float:
         return self.beta
 
-    def arrange(self, examples: Sequence[tuple[Encoded, Encoded]]) -> dict[str, list[Encoded]]:
-        rows = super().arrange(examples)[""]
-        return {"": rows, "mismatched_": mismatched(rows)}
+    def arrange(self, rows: Sequence[Encoded], longest: int | None = None) -> dict[str, list[Encoded]]:
+        return {"": list(rows), "mismatched_": mismatched(rows, longest)}
 
     def units(self, batch: Batch) -> dict[str, float]:
         return {"answer": float((answer_tokens(batch) > 0).sum())}
 
-    def loss(self, model: nn.Module, batch: Batch, credit: Tensor | None = None) -> Loss:
-        self._refuse(credit)
+    def prepare(self, model: nn.Module, batch: Batch) -> Batch:
+        other = part(batch, "mismatched_")
+        reference = self._reference(batch, "mismatched_")
         with torch.no_grad():
-            other = part(batch, "mismatched_")
-            logps, tokens, _ = answer_logprobs(model, other)
-            z0 = _zero(logps - batch["mismatched_reference_logprobs"].to(logps), tokens > 0)
-        logps, tokens, _ = answer_logprobs(model, batch)
-        pairs, there = self._pairs(batch, logps, tokens)
-        desirable = torch.arange(len(logps), device=logps.device) < len(logps) // 2
+            logps, tokens, _ = answer_sums(token_logprobs(model, other), other)
+            return {**batch, "z0": _zero(logps - reference.to(logps), tokens > 0)}
+
+    def judge(self, scored: TokenLogprobs, batch: Batch, credit: Tensor | None = None) -> Loss:
+        self._refuse(credit)
+        logps, tokens, _ = answer_sums(scored, batch)
+        reference, z0, present = self._reference(batch).to(logps), batch["z0"], tokens > 0
+        desirable = batch.get("desirable", torch.arange(len(logps), device=logps.device) < len(logps) // 2)
         losses = kto(
             logps,
-            batch["reference_logprobs"].to(logps),
+            reference,
             desirable,
             z0,
             beta=self.beta,
             desirable_weight=self.desirable_weight,
             undesirable_weight=self.undesirable_weight,
         )
-        present = tokens > 0
-        metrics = self.rewards(pairs, there) | {"z0": (float(z0) * float(there.sum()), float(there.sum()))}
-        return Loss({"answer": torch.where(present, losses, 0.0).sum()}, {"answer": float(present.sum())}, metrics)
+        count = float(present.sum())
+        if "desirable" in batch:
+            metrics = self._rewards_of_singles(logps.detach(), reference, desirable, present)
+        else:
+            metrics = self.rewards(*self._pairs(batch, logps, tokens))
+        metrics["z0"] = (float(z0) * count, count)
+        return Loss({"answer": torch.where(present, losses, 0.0).sum()}, {"answer": count}, metrics)
+
+    def _rewards_of_singles(
+        self, lp: Tensor, rp: Tensor, desirable: Tensor, there: Tensor
+    ) -> dict[str, tuple[float, float]]:
+        """Means over the desirable and over the undesirable answers; single answers have no margin."""
+        metrics = {}
+        for name, kind in (("chosen", desirable & there), ("rejected", ~desirable & there)):
+            metrics[f"rewards/{name}"] = (self.beta * float((lp - rp)[kind].sum()), float(kind.sum()))
+            metrics[f"logps/{name}"] = (float(lp[kind].sum()), float(kind.sum()))
+        return metrics
 
 
 def kto(
@@ -104,10 +127,13 @@ def kto(
     return torch.where(desirable, liked, disliked)
 
 
-def mismatched(rows: Sequence[Encoded]) -> list[Encoded]:
-    """Each row's prompt with the answer of the row before it that has another prompt (see above for the order)."""
+def mismatched(rows: Sequence[Encoded], longest: int | None = None) -> list[Encoded]:
+    """Each row's prompt with the answer of the row before it that has another prompt (see above for the order).
+
+    None is longer than `longest` tokens; such a row is cut at its end.
+    """
     split = [_split(row) for row in rows]
-    return [_joined(split[i][0], split[_other(split, i)][1]) for i in range(len(rows))]
+    return [_joined(split[i][0], split[_other(split, i)][1], longest) for i in range(len(rows))]
 
 
 def _split(row: Encoded) -> tuple[list[int], list[int]]:
@@ -131,8 +157,8 @@ def _other(split: list[tuple[list[int], list[int]]], i: int) -> int:
     )
 
 
-def _joined(prompt: list[int], answer: list[int]) -> Encoded:
-    return {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}
+def _joined(prompt: list[int], answer: list[int], longest: int | None) -> Encoded:
+    return {"input_ids": (prompt + answer)[:longest], "labels": ([IGNORED] * len(prompt) + answer)[:longest]}
 
 
 def _zero(h: Tensor, there: Tensor) -> Tensor:

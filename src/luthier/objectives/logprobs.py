@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from luthier.errors import InputError
-from luthier.objectives.base import Batch, labelled
+from luthier.objectives.batch import Batch, labelled
 
 CHUNK_BYTES = 128 * 2**20  # float32 logits alive at a time
 
@@ -51,6 +51,11 @@ class TokenLogprobs:
     positions: Tensor
     entropy: Tensor | None
     correct: Tensor
+
+    def __getitem__(self, kept: Tensor) -> TokenLogprobs:
+        """Those of some tokens; `kept` is (tokens,) bool."""
+        entropy = None if self.entropy is None else self.entropy[kept]
+        return TokenLogprobs(self.logprobs[kept], self.rows[kept], self.positions[kept], entropy, self.correct[kept])
 
 
 def token_logprobs(

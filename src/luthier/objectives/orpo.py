@@ -41,12 +41,16 @@ class Orpo(WithLikelihood):
     def likelihood_weight(self) -> float:
         return 1.0
 
-    def arrange(self, examples: Sequence[tuple[Encoded, Encoded]]) -> dict[str, list[Encoded]]:
-        rows = super().arrange(examples)[""]
-        if self.nll_over == "answer" or not examples or not any(label >= 0 for row in rows for label in row["labels"]):
+    @property
+    def widens_labels(self) -> bool:
+        return self.nll_over == "all"
+
+    def arrange(self, rows: Sequence[Encoded], longest: int | None = None) -> dict[str, list[Encoded]]:
+        rows, n = list(rows), len(rows) // 2
+        if self.nll_over == "answer" or not any(label >= 0 for row in rows for label in row["labels"]):
             return {"": rows}
-        chosen: list[Encoded] = [{"input_ids": r["input_ids"], "labels": r["input_ids"]} for r in rows[: len(examples)]]
-        return {"": chosen + rows[len(examples) :], "answer_": rows}
+        chosen: list[Encoded] = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in rows[:n]]
+        return {"": chosen + rows[n:], "answer_": rows}
 
     def compare(self, pairs: Pairs) -> Tensor:
         return orpo(pairs.lp_w, pairs.lp_l, pairs.n_w, pairs.n_l, lam=self.lam)

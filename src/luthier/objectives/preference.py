@@ -22,7 +22,7 @@ methods mean different things; compare the rewards' accuracy, or better an evalu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -30,10 +30,10 @@ import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from luthier.data.encode import Encoded
 from luthier.errors import InputError
-from luthier.objectives.base import Batch, Loss, Objective, labelled, part, sequence_count, sequence_index
-from luthier.objectives.logprobs import token_logprobs
+from luthier.objectives.base import Loss, Needs, Objective, ReferenceFrom
+from luthier.objectives.batch import Batch, labelled, part, sequence_count, sequence_index
+from luthier.objectives.logprobs import TokenLogprobs, token_logprobs
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,18 @@ class Pairs:
 class Preference(Objective):
     """Base of the losses on pairs: fill in `compare`, or `loss` where a pair is not what counts."""
 
-    pairs: ClassVar[bool] = True
     paper: ClassVar[int | None] = 65
-    learning_rate_scale: ClassVar[float] = 1 / 40  # 5e-7 for full tuning, 5e-6 for LoRA
+    learns_from: ClassVar[tuple[str, ...]] = ("pairs",)
+    prompts_at_a_time: ClassVar[int] = 1
     disable_dropout: bool = True
 
-    @property
-    def without_dropout(self) -> bool:
-        return self.disable_dropout
+    def needs(self) -> Needs:
+        return Needs(
+            learns_from=self.learns_from,
+            prompts_at_a_time=self.prompts_at_a_time,
+            learning_rate_scale=1 / 40,  # 5e-7 for full tuning, 5e-6 for LoRA
+            without_dropout=self.disable_dropout,
+        )
 
     @property
     def reward_scale(self) -> float:
@@ -75,16 +79,12 @@ class Preference(Objective):
         """(n,) float32: the loss of each pair."""
         raise NotImplementedError
 
-    def arrange(self, examples: Sequence[tuple[Encoded, Encoded]]) -> dict[str, list[Encoded]]:
-        return {"": [chosen for chosen, _ in examples] + [rejected for _, rejected in examples]}
-
     def units(self, batch: Batch) -> dict[str, float]:
-        chosen, _ = answer_tokens(batch).chunk(2)
-        return {"pair": float((chosen > 0).sum())}
+        return {"pair": float(_there(answer_tokens(batch)).sum())}
 
-    def loss(self, model: nn.Module, batch: Batch, credit: Tensor | None = None) -> Loss:
+    def judge(self, scored: TokenLogprobs, batch: Batch, credit: Tensor | None = None) -> Loss:
         self._refuse(credit)
-        logps, tokens, _ = answer_logprobs(model, batch)
+        logps, tokens, _ = answer_sums(scored, batch)
         pairs, there = self._pairs(batch, logps, tokens)
         losses = torch.where(there, self.compare(pairs), 0.0)
         return Loss({"pair": losses.sum()}, {"pair": float(there.sum())}, self.rewards(pairs, there))
@@ -104,21 +104,25 @@ class Preference(Objective):
         }
 
     def _pairs(self, batch: Batch, logps: Tensor, tokens: Tensor) -> tuple[Pairs, Tensor]:
-        reference = torch.zeros_like(logps.detach())
-        if self.referenced:
-            if "reference_logprobs" not in batch:
-                raise InputError(
-                    f"{self.method} needs `reference_logprobs` in its batch",
-                    fix="train with Luthier's loop, or put the reference's summed log-probabilities there",
-                )
-            reference = batch["reference_logprobs"].to(logps)
+        referenced = "" in self.needs().referenced
+        reference = self._reference(batch).to(logps) if referenced else torch.zeros_like(logps.detach())
         columns = (half for vector in (logps, tokens.clamp(min=1).to(logps), reference) for half in vector.chunk(2))
         lp_w, lp_l, n_w, n_l, rp_w, rp_l = columns
-        return Pairs(lp_w, lp_l, n_w, n_l, rp_w, rp_l), tokens.chunk(2)[0] > 0
+        return Pairs(lp_w, lp_l, n_w, n_l, rp_w, rp_l), _there(tokens)
+
+    def _reference(self, batch: Batch, prefix: str = "") -> Tensor:
+        if f"{prefix}reference_logprobs" not in batch:
+            raise InputError(
+                f"{self.method} needs `{prefix}reference_logprobs` in its batch",
+                fix="train with Luthier's loop, or put the reference's summed log-probabilities there",
+            )
+        return batch[f"{prefix}reference_logprobs"]
 
     def _refuse(self, credit: Tensor | None) -> None:
         if credit is not None:
-            raise InputError(f"{self.method} learns from pairs and has no use for credit", fix="use objective: sft")
+            raise InputError(
+                f"{self.method} compares whole answers and has no use for credit", fix="use objective: sft"
+            )
 
 
 class Referenced(Preference):
@@ -134,6 +138,10 @@ class Referenced(Preference):
             raise ValueError("reference_model is not used with reference: adapter_off; leave one of them out")
         return self
 
+    def needs(self) -> Needs:
+        source = ReferenceFrom(self.reference, self.reference_model)
+        return dataclasses.replace(super().needs(), reference=source, referenced=self.referenced)
+
 
 class WithLikelihood(Preference):
     """A preference loss that also keeps the chosen answers likely: `likelihood_weight` times their token mean of
@@ -148,9 +156,9 @@ class WithLikelihood(Preference):
         tokens = {"token": float(chosen.sum())} if self.likelihood_weight else {}
         return super().units(batch) | tokens
 
-    def loss(self, model: nn.Module, batch: Batch, credit: Tensor | None = None) -> Loss:
+    def judge(self, scored: TokenLogprobs, batch: Batch, credit: Tensor | None = None) -> Loss:
         self._refuse(credit)
-        logps, tokens, whole = answer_logprobs(model, batch)
+        logps, tokens, whole = answer_sums(scored, batch)
         pairs, there = self._pairs(batch, logps, tokens)
         losses, metrics = torch.where(there, self.compare(pairs), 0.0), self.rewards(pairs, there)
         sums, units = {"pair": losses.sum()}, {"pair": float(there.sum())}
@@ -172,15 +180,18 @@ def likelihood_tokens(batch: Batch) -> Tensor:
     return _counts(batch, labelled(batch["labels"]))
 
 
-def answer_logprobs(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+def answer_logprobs(model: nn.Module, batch: Batch) -> Tensor:
+    """(sequences,) float32: summed log-probabilities of the answers of the plain part of a batch, in nats."""
+    return answer_sums(token_logprobs(model, part(batch, "")), batch)[0]
+
+
+def answer_sums(scored: TokenLogprobs, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Summed log-probabilities of the answers of a batch, their tokens, and the same sum over all labelled tokens.
 
     Returns:
         (sequences,) float32 with gradient, in nats; (sequences,) int64; (sequences,) float32. The first and the
         last differ only where `answer_labels` tell which of the labelled tokens are the answer's.
     """
-    own = part(batch, "")
-    scored = token_logprobs(model, own)
     of = sequence_index(batch)[labelled(batch["labels"])]
     whole = scored.logprobs.new_zeros(sequence_count(batch)).index_add(0, of, scored.logprobs)
     tokens = answer_tokens(batch)
@@ -189,6 +200,12 @@ def answer_logprobs(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, Ten
     answer = labelled(batch["answer_labels"])[labelled(batch["labels"])]
     logps = torch.zeros_like(whole).index_add(0, of[answer], scored.logprobs[answer])
     return logps, tokens, whole
+
+
+def _there(tokens: Tensor) -> Tensor:
+    """(n,) bool: the pairs of which both answers have tokens; `tokens` (2n,), chosen ones first."""
+    chosen, rejected = tokens.chunk(2)
+    return (chosen > 0) & (rejected > 0)
 
 
 def _counts(batch: Batch, chosen: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from luthier.data.store import encode_split
 from luthier.errors import InputError
 from luthier.methods import build
 from luthier.models.topology import Topology
+from luthier.objectives import objective_of
 from luthier.train import Loop, StepRecord, TrainSettings
 from luthier.tune import Probe, Tuned
 
@@ -39,8 +40,9 @@ def fit(
     """Train `model` (changed in place) on `rows`.
 
     Args:
-        rows: canonical rows (`luthier.data.read_rows` reads them from files): messages, prompt and completion, or text.
-        tuning, objective: methods as in a recipe: a name, a mapping, or an object.
+        rows: canonical rows (`luthier.data.read_rows` reads them from files): messages, prompt and completion, or text;
+            pairs with prompt, chosen and rejected; judged answers with prompt, completion and `desirable` (a boolean).
+        tuning, objective: methods as in a recipe: a name, a mapping, or an object; the objective also a weighted list.
         train: settings as in a recipe's `tune.train`.
         directory: for metrics and checkpoints; with it, calling again after an interruption goes on where it stopped.
 
@@ -57,6 +59,6 @@ def fit(
             raise InputError(bad[0].message, where="rows")
         torch.manual_seed(seed)
         tuned = build("tune", tuning).attach(model, Probe(Topology.of(model), seed))  # type: ignore[attr-defined]
-        loop = Loop(tuned, build("objectives", objective), settings, encoded, directory=directory, seed=seed)  # type: ignore[arg-type]
+        loop = Loop(tuned, objective_of(objective), settings, encoded, directory=directory, seed=seed)  # type: ignore[arg-type]
         records = loop.run()
     return tuned, records

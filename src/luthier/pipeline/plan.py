@@ -2,12 +2,12 @@
 
 The rows are read and split in a scratch folder and encoded with the model's tokenizer; the model is built without
 weights. So counts of rows, tokens, steps and parameters are exact, memory is an estimate, and time is left open: it
-depends on the machine and is measured by the dry run of the environment stage.
+depends on the machine and is measured by the dry run of the environment stage. Of a study, the first cell is planned,
+and the section study says how many there are.
 """
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,12 +18,22 @@ from luthier.data.rows import Rows
 from luthier.data.store import encode_split
 from luthier.models import count, estimate, load_tokenizer, skeleton, verify
 from luthier.models.topology import Topology
-from luthier.pipeline.recipe import Recipe, load_recipe
+from luthier.pipeline.recipe import Recipe, cells, load_recipe
+from luthier.pipeline.search_grid import Grid, batch_capped
+from luthier.train.span import Span
 
 
 def plan(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Sections data, model, tune, evaluate, deploy, findings; json-able. Raises `InputError` as `run` would."""
+    """Sections data, model, tune, search, evaluate, deploy, findings; json-able. Raises `InputError` as `run` would.
+
+    With a search, `tune` is its first candidate and `search` has all of them.
+    """
     recipe = load_recipe(source, overrides)
+    chosen = cells(recipe)
+    study = (
+        {"cells": len(chosen), "vary": {a: list(ls) for a, ls in recipe.study.vary.items()}} if recipe.study else None
+    )
+    recipe = chosen[0][1] if chosen else recipe
     facts = verify(recipe.model)
     with tempfile.TemporaryDirectory() as scratch:
         prepared = prepare(recipe.data, Path(scratch) / "rows", seed=recipe.environment.seed)
@@ -44,10 +54,14 @@ def plan(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[st
     topology = Topology.of(model)
     counts = count(model, topology)
     phases = []
-    for phase in recipe.tune:
+    search = recipe.environment.search
+    grid = Grid.of(search, recipe.tune[0], rows) if search else None
+    findings += grid.findings() if grid else []
+    for phase in [grid.candidates[0].phase] if grid else recipe.tune:
         train = phase.train
-        per_epoch = math.ceil(rows / train.effective_batch_size)
-        steps = train.max_steps or max(1, math.ceil(train.num_train_epochs * per_epoch))
+        span = Span.of(train, max(1, rows))
+        if span.rows_per_step < train.effective_batch_size:
+            findings.append(batch_capped(train.effective_batch_size, span.rows_per_step, rows))
         moving = _moving(phase.tuning, topology, model)
         length = max(longest, train.max_tokens_per_device)
         memory = estimate(
@@ -62,9 +76,10 @@ def plan(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[st
             {
                 "method": phase.tuning.method,
                 "objective": phase.objective.method,
-                "steps": steps,
-                "steps_per_epoch": per_epoch,
-                "tokens": round(tokens * steps / max(1, per_epoch)),
+                "steps": span.total,
+                "steps_per_epoch": span.steps_per_epoch,
+                "rows_per_step": span.rows_per_step,
+                "tokens": round(tokens * span.total / span.steps_per_epoch),
                 "trainable_parameters": moving,
                 "memory_bytes": memory.describe(),
             }
@@ -74,10 +89,11 @@ def plan(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[st
         "data": {"rows": splits, "tokens": tokens, "tokens_with_loss": learned, "longest": longest},
         "model": {k: facts.get(k) for k in ("base", "architecture", "licence")} | {"parameters": counts.parameters},
         "tune": phases,
+        "search": grid.describe() if grid else None,
         "evaluate": [{"name": t.name, "method": t.method, "role": t.role} for t in recipe.evaluate.tasks],
         "deploy": {"merge": recipe.deploy.merge},
         "findings": [f.model_dump() for f in findings],
-    }
+    } | ({"study": study} if study else {})
 
 
 def _moving(tuning: Any, topology: Topology, model: Any) -> int:

@@ -3,11 +3,13 @@
     name: support-bot
     data:     {source: chats.jsonl}
     model:    {base: path/to/model}
-    tune:     {method: lora, rank: 16, objective: {method: sft}, train: {learning_rate: 2.0e-4}}
+    tune:     {method: lora, rank: 16, objective: {method: sft}, train: {learning_rate: 2.0e-4}}   # or a list
     evaluate: {tasks: [...], gates: {min_gain: 0.0, max_forgetting: 2.0}}
 
-`tune` is one phase or a list of phases. Relative paths are taken from the folder in which the command runs. A key that
-nobody knows is an error with the nearest known one; the file, the line and the dotted key are always named.
+`tune` is one phase or a list of phases, `objective` one objective or a weighted list of them. With a section `study`
+the recipe is run once for every cell of a grid (`luthier.pipeline.grid`), and each cell is checked here as a recipe of
+its own. Relative paths are taken from the folder in which the command runs. A key that nobody knows is an error with
+the nearest known one; the file, the line and the dotted key are always named.
 """
 
 from __future__ import annotations
@@ -18,17 +20,29 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from luthier.data.settings import DataSettings
 from luthier.errors import InputError, did_you_mean
 from luthier.evaluate.settings import EvaluateSettings
-from luthier.methods import build, field, find, table
+from luthier.methods import Method, build, field, find, table
 from luthier.models.settings import ModelSettings
+from luthier.pipeline.grid import Cell, StudySettings, grid
 from luthier.pipeline.recipe_text import Lines, Place, override, parse, plain, read_text
+from luthier.pipeline.search_grid import SearchSettings
 from luthier.train.settings import TrainSettings
 
 
@@ -37,12 +51,14 @@ class Section(BaseModel):
 
 
 class EnvironmentSettings(Section):
-    """Seed, device, threads of a run, and the trackers (through accelerate) that are told of each step."""
+    """Seed, device, threads of a run, the trackers (through accelerate) that are told of each step, and a search over
+    learning rates and batch sizes."""
 
     seed: int = Field(default=0, ge=0, le=2**31 - 1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = Field(default=None, ge=1)
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    search: SearchSettings | None = None
 
 
 class DeploySettings(Section):
@@ -69,11 +85,19 @@ class MonitorSettings(Section):
         return self
 
 
+def _objective(value: Any) -> Any:
+    from luthier.objectives import objective_of  # with torch, which a recipe without an error needs anyway
+
+    return objective_of(value)
+
+
 class Phase(Section):
     """One phase of tuning; in YAML one flat mapping: the tuning's own keys beside `objective` and `train`."""
 
     tuning: field("tune")  # type: ignore[valid-type]
-    objective: field("objectives") = Field(default_factory=lambda: build("objectives", "sft"))  # type: ignore[valid-type]
+    objective: Annotated[SerializeAsAny[Method], BeforeValidator(_objective)] = Field(
+        default_factory=lambda: build("objectives", "sft")
+    )
     train: TrainSettings = TrainSettings()
 
     @model_validator(mode="before")
@@ -104,11 +128,18 @@ class Recipe(Section):
     evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
     deploy: DeploySettings = DeploySettings()
     monitor: MonitorSettings = MonitorSettings()
+    study: StudySettings | None = None
 
     @field_validator("tune", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return [value] if isinstance(value, Mapping | str) else value
+
+    @model_validator(mode="after")
+    def _search_suits_tune(self) -> Recipe:
+        if self.environment.search:
+            self.environment.search.suits(self.tune)
+        return self
 
 
 def packaged() -> dict[str, str]:
@@ -132,16 +163,44 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequ
         value, lines = parse(text, name)
     else:
         raise InputError(f"a recipe is a path, a name or a mapping, got {type(source).__name__}")
-    overridden = {override(value, text): text for text in overrides}
+    overridden = {override(value, text): f"override {text}" for text in overrides}
     try:
-        return Recipe.model_validate(value)
+        recipe = Recipe.model_validate(value)
     except ValidationError as error:
         raise _explain(error, name, lines, value, overridden) from None
+    cells(recipe, name, lines)
+    return recipe
+
+
+def cells(recipe: Recipe, name: str = "recipe", lines: Lines | None = None) -> list[tuple[Cell, Recipe]]:
+    """Every cell of a recipe's study with its own recipe, without a study; none for a recipe without one.
+
+    Raises `InputError` that names axis and label where a cell is no valid recipe.
+    """
+    if recipe.study is None:
+        return []
+    known = lines or {}
+
+    def where(by: str) -> str:
+        line = known.get(tuple(by.split(".", 3)))
+        return f"{name}:{line}: {by}" if line else f"{name}: {by}"
+
+    made = []
+    for cell in grid(recipe.model_dump(mode="json", by_alias=True), recipe.study.vary, where):
+        try:
+            made.append((cell, Recipe.model_validate(cell.value)))
+        except ValidationError as error:
+            overridden = {place: where(by) for place, by in cell.set_by.items()}
+            raise _explain(error, f"{name}, {cell.name}", {}, cell.value, overridden) from None
+    return made
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """YAML of a recipe with all its defaults; loads back equal."""
-    return yaml.safe_dump(recipe.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
+    value = recipe.model_dump(mode="json", by_alias=True)
+    if value["study"] is None:
+        del value["study"]
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
 
 
 def json_schema() -> dict[str, Any]:
@@ -149,17 +208,24 @@ def json_schema() -> dict[str, Any]:
     schema = Recipe.model_json_schema(by_alias=True)
     definitions = schema.setdefault("$defs", {})
     refs: dict[str, list[dict[str, Any]]] = {}
+    parts: list[dict[str, Any]] = [{"type": "string", "enum": sorted(table("objectives"))}]  # of a weighted list
     for room in ("objectives", "tune", "evaluate"):
         refs[room] = [{"type": "string", "enum": sorted(table(room))}]  # a bare name is a method with its defaults
         for name in table(room):
             own = find(room, name).model_json_schema(by_alias=True)
             definitions.update(own.pop("$defs", {}))
             if room == "tune":
-                own["properties"] |= {"objective": {"anyOf": refs["objectives"]}}
+                listed = {"type": "array", "items": {"anyOf": parts}, "minItems": 1}
+                own["properties"] |= {"objective": {"anyOf": [*refs["objectives"], listed]}}
                 own["properties"] |= {"train": {"$ref": "#/$defs/TrainSettings"}}
+            if room == "objectives":
+                weight = {"weight": {"type": "number", "minimum": 0, "default": 1.0}}
+                definitions[f"{room}.{name}.weighted"] = {**own, "properties": own["properties"] | weight}
+                parts.append({"$ref": f"#/$defs/{room}.{name}.weighted"})
             definitions[f"{room}.{name}"] = own
             refs[room].append({"$ref": f"#/$defs/{room}.{name}"})
-    definitions.pop("Phase", None)
+    for name in ("Phase", "Method"):  # known by their parts above
+        definitions.pop(name, None)
     phase = {"anyOf": refs["tune"]}
     schema["properties"]["tune"] = {"anyOf": [phase, {"type": "array", "items": phase, "minItems": 1}]}
     definitions["EvaluateSettings"]["properties"]["tasks"]["items"] = {"anyOf": refs["evaluate"]}
@@ -185,7 +251,8 @@ def _explain(
     given_by = next((overridden[place] for place in above if place in overridden), None)
     if not given_by and path not in lines:  # the override made the mapping that is refused
         given_by = next((text for place, text in overridden.items() if place[: len(path)] == path), None)
-    where = f"override {given_by}" if given_by else f"{name}:{line}: {dotted}" if line else f"{name}: {dotted}"
+    at = f": {dotted}" if given_by and not given_by.startswith("override ") else ""
+    where = f"{given_by}{at}" if given_by else f"{name}:{line}: {dotted}" if line else f"{name}: {dotted}"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     kind, given = first["type"], first.get("input")
     if kind == "extra_forbidden":
@@ -219,6 +286,7 @@ def _method_keys(path: Sequence[str | int], value: Any) -> list[str]:
     if room is None or not isinstance(value, Mapping) or value.get("method") not in table(room):
         return []
     extra = ["objective", "train"] if room == "tune" else []
+    extra += ["weight"] if room == "objectives" and isinstance(path[-1], int) else []
     return [*find(room, value["method"]).model_fields, *extra]
 
 

@@ -7,6 +7,7 @@ no single meaning: other encodings than UTF-8, broken YAML, a key that stands tw
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -115,35 +116,51 @@ def override(recipe: dict[str, Any], text: str) -> Place:
     keys = [key.strip() for key in dotted.split(".")]
     if not sign or not all(keys):
         raise InputError(f"{text!r} is not an override", fix="write section.key=value, such as tune.rank=8")
-    if keys[:2] == ["tune", "0"] and len(keys) > 2 and isinstance(recipe.get("tune"), dict):
-        del keys[1]  # one phase may be written without a list, and is phase 0 all the same
     try:
         new = parse(f"value: {written}" if written.strip() else "value:", text)[0]["value"]
     except (InputError, KeyError):
         fix = "put it in quotes"
         raise InputError(f"the value of {dotted} is not valid YAML: {written!r}", where=text, fix=fix) from None
-    return _set(recipe, keys, new, text)
+    inside, at, place = locate(recipe, phase_keys(recipe, keys), text)
+    inside[at] = new
+    return place
 
 
-def _set(recipe: dict[str, Any], keys: Sequence[str], new: Any, text: str) -> Place:
+def phase_keys(recipe: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
+    """`keys` for what stands in `recipe`: one phase of tuning may be written with a list or without, and is phase 0 and
+    phase -1 in both."""
+    phases = recipe.get("tune")
+    if keys[0] == "tune" and len(keys) > 1:
+        numbered = keys[1] in ("0", "-1")
+        if isinstance(phases, dict) and numbered and len(keys) > 2:
+            return ["tune", *keys[2:]]
+        if isinstance(phases, list) and len(phases) == 1 and not re.fullmatch(r"-?\d+", keys[1]):
+            return ["tune", "0", *keys[1:]]
+    return list(keys)
+
+
+def locate(recipe: dict[str, Any], keys: Sequence[str], text: str) -> tuple[Any, Any, Place]:
+    """(mapping or list, key or number in it, place) of the value that `keys` name; mappings above it are made.
+
+    Places in a list are numbered from 0, and from -1 backwards. Raises `InputError` at `text` if there is no such one.
+    """
     value: Any = recipe
     place: Place = ()
     for number, key in enumerate(keys):
         index: Any = key
         so_far = ".".join(keys[:number])
         if isinstance(value, list):
-            if not (key.isascii() and key.isdigit()) or int(key) >= len(value):
+            index = int(key) if re.fullmatch(r"-?[0-9]+", key) else len(value)
+            if not -len(value) <= index < len(value):
                 what = f"{so_far} is a list of {len(value)}, so {key!r} names nothing in it"
                 fix = f"use a number below {len(value)}" if value else f"set all of {so_far}"
                 raise InputError(what, where=text, fix=fix)
-            index = int(key)
+            index %= len(value)
         elif not isinstance(value, dict):
             raise InputError(f"{so_far} is a plain value and has no key {key!r}", where=text)
         place = (*place, index)
-        if number == len(keys) - 1:
-            value[index] = new
-        else:
+        if number < len(keys) - 1:
             if isinstance(value, dict) and value.get(index) is None:
                 value[index] = {}
             value = value[index]
-    return place
+    return value, index, place

@@ -5,17 +5,19 @@
 Each call of `run` makes a new folder and never touches an older one; a stage whose inputs, settings and code are those
 of a finished stage of an earlier run of the same name is linked over instead of run again. A stage that finds something
 of level `error` ends the run with exit code 3, unless its code is allowed; the waiver is written into the manifest.
+A recipe with a section `study` is a grid of such runs: see `luthier.pipeline.study`.
 
 Under a launcher (`accelerate launch -m luthier run ...`) every process comes here: all train, the first does the rest.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from luthier.pipeline.stage import (
     code_version,
     digest,
     file_digest,
+    link_files,
     now,
     read_manifest,
     write_json,
@@ -82,8 +85,7 @@ def run(
         write_json(folder / "run.json", {"command": " ".join(["luthier run", given, *overrides]), "started": now()})
         return folder
 
-    context = Context(recipe, ranks.first(new_run), say, progress, ranks)
-    return _drive(context, until=until, allow=allow)
+    return _all_of(recipe, ranks.first(new_run), ranks, say, progress, until=until, allow=allow)
 
 
 def resume(
@@ -106,15 +108,33 @@ def resume(
     if not (folder / "recipe.yaml").is_file():
         raise InputError("this is not a run folder", where=str(folder), fix="`luthier runs` lists them")
     recipe = load_recipe(folder / "recipe.yaml")
-    context = Context(recipe, folder, say, progress, Ranks.join(recipe.environment.device))
+    ranks = Ranks.join(recipe.environment.device)
+    return _all_of(recipe, folder, ranks, say, progress, until=until, allow=allow, from_stage=from_stage)
 
-    def put_aside() -> None:
-        for stage in STAGES[STAGES.index(from_stage) :] if from_stage else ():
-            if context.path(stage).is_dir():
-                _archive(context.path(stage))
 
-    context.ranks.first(put_aside)
-    return _drive(context, until=until, allow=allow)
+def _all_of(
+    recipe: Recipe,
+    folder: Path,
+    ranks: Ranks,
+    say: Callable[[str], None],
+    progress: bool,
+    *,
+    until: str | None,
+    allow: Sequence[str],
+    from_stage: str | None = None,
+) -> RunResult:
+    """The one run of a recipe, or all cells of its study."""
+    work: Callable[..., RunResult] = drive
+    if recipe.study is not None:
+        from luthier.pipeline.study import drive_study
+
+        work = drive_study
+    if ranks.rank:  # one process talks
+        say, progress = lambda text: None, False
+    context = Context(recipe, folder, say, progress, ranks)
+    result = work(context, until=until, allow=allow, from_stage=from_stage)
+    ranks.leave()
+    return result
 
 
 def stages() -> dict[str, Stage]:
@@ -131,12 +151,19 @@ def stages() -> dict[str, Stage]:
     return {kind.name: kind() for kind in kinds}
 
 
-def _drive(context: Context, *, until: str | None, allow: Sequence[str]) -> RunResult:
+def drive(
+    context: Context, *, until: str | None = None, allow: Sequence[str] = (), from_stage: str | None = None
+) -> RunResult:
+    """All stages of one run, in its folder; `from_stage` and those after it run even if they had finished."""
     from luthier.pipeline.stages.environment import set_threads
     from luthier.pipeline.summary import finish
 
-    if context.ranks.rank:  # one process talks
-        context.say, context.progress = lambda text: None, False
+    def put_aside() -> None:
+        for stage in STAGES[STAGES.index(from_stage) :] if from_stage else ():
+            if context.path(stage).is_dir():
+                _archive(context.path(stage))
+
+    context.ranks.first(put_aside)
     set_threads(context.recipe)
     findings: list[Finding] = []
     code = 0
@@ -157,7 +184,6 @@ def _drive(context: Context, *, until: str | None, allow: Sequence[str]) -> RunR
         if name == until:
             break
     summary = context.ranks.first(lambda: finish(context, findings, code, time.perf_counter() - began))
-    context.ranks.leave()
     return RunResult(context.folder, code, summary, findings)
 
 
@@ -219,10 +245,11 @@ def _taken_over(context: Context, stage: Stage, allow: Sequence[str]) -> Manifes
     if done is None and stage.name != "monitor":
         earlier = _equal_stage(context, stage.name, key)
         if earlier is not None:
-            _link(earlier, directory)
-            context.say(f"{stage.name}: as in {earlier.parent.name}")
+            link_folder(earlier, directory, leave=("checkpoints", "manifest.json"))
+            whose = earlier.parent.relative_to(context.runs or context.folder.parent).as_posix()
+            context.say(f"{stage.name}: as in {whose}")
             manifest = Manifest.model_validate_json((earlier / "manifest.json").read_text(encoding="utf-8"))
-            manifest.reused_from = earlier.parent.name
+            manifest.reused_from = whose
             return _waive(manifest, allow, directory, write=True)
     if done is not None:
         _archive(directory)
@@ -242,10 +269,8 @@ def _waive(manifest: Manifest, allow: Sequence[str], directory: Path, write: boo
 
 
 def _equal_stage(context: Context, name: str, key: tuple[str, str, str]) -> Path | None:
-    """The folder of a finished, unblemished stage with the same key in an earlier run of the same name."""
-    for folder in sorted(_siblings(context.folder.parent, context.recipe.name), key=_number, reverse=True):
-        if folder == context.folder:
-            continue
+    """The folder of a finished, unblemished stage with the same key in an earlier run of the same name, or a cell."""
+    for folder in earlier_runs(context):
         path = folder / context.path(name).name
         try:
             manifest = read_manifest(path)
@@ -258,18 +283,21 @@ def _equal_stage(context: Context, name: str, key: tuple[str, str, str]) -> Path
     return None
 
 
-def _link(source: Path, target: Path) -> None:
-    """Copy a stage's folder, by hard links where the file system allows, leaving checkpoints behind."""
+def earlier_runs(context: Context) -> Iterator[Path]:
+    """Folders of the other runs of the same name, the newest first, and of all cells of those that are studies."""
+    runs = context.runs or context.folder.parent
+    for folder in sorted(_siblings(runs, context.recipe.name), key=_number, reverse=True):
+        study = folder / "study.json"
+        listed = json.loads(study.read_text(encoding="utf-8"))["cells"] if study.is_file() else []
+        places = [folder, *(folder / cell["folder"] for cell in listed)]
+        yield from (place for place in places if place != context.folder)
 
-    def copy(a: str, b: str) -> None:
-        try:
-            os.link(a, b)
-        except OSError:
-            shutil.copy2(a, b)
 
+def link_folder(source: Path, target: Path, leave: Sequence[str] = ()) -> None:
+    """Copy a folder without what is named in `leave`, whole or not at all (see `link_files`)."""
     aside = target.with_name(f".{target.name}.linking")
     shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(source, aside, copy_function=copy, ignore=shutil.ignore_patterns("checkpoints", "manifest.json"))
+    link_files(source, aside, leave=leave)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(aside, target)
 

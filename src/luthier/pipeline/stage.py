@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -72,6 +73,7 @@ class Context:
     progress: bool = False
     ranks: Ranks = field(default_factory=Ranks)
     memory: dict[str, Any] = field(default_factory=dict)  # large things one stage leaves for the next (the base model)
+    runs: Path | None = None  # where earlier runs lie; beside this one unless it is a cell of a study
 
     def path(self, stage: str) -> Path:
         """The folder of a stage in this run."""
@@ -146,6 +148,24 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def link_files(source: Path, target: Path, leave: Sequence[str] = ()) -> None:
+    """Copy a folder into `target`, but for names that match `leave`.
+
+    By hard links where the file system allows, except for the metrics, to which a resumed training adds.
+    """
+
+    def copy(a: str, b: str) -> None:
+        if Path(a).name == "metrics.jsonl":
+            shutil.copy2(a, b)
+            return
+        try:
+            os.link(a, b)
+        except OSError:
+            shutil.copy2(a, b)
+
+    shutil.copytree(source, target, copy_function=copy, ignore=shutil.ignore_patterns(*leave), dirs_exist_ok=True)
 
 
 def now() -> str:

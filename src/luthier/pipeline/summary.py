@@ -92,8 +92,9 @@ def build_report(context: Context, findings: list[Finding], code: int, seconds: 
     if tune.get("phases"):
         report["curves"] = _curves(context)
         phases = tune["phases"]
-        spent = sum(p["train_seconds"] for p in phases)
-        tokens = sum(p["tokens"] for p in phases)
+        trained = tune["search"]["candidates"] if tune.get("search") else phases  # a search costs all its candidates
+        spent = sum(p["train_seconds"] for p in trained)
+        tokens = sum(p["tokens"] for p in trained)
         report["cost"] = {
             "train_seconds": spent,
             "tokens": tokens,

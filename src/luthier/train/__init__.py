@@ -15,15 +15,32 @@ _WHERE = {
     "Interrupted": "luthier.train.loop",
     "Checkpoints": "luthier.train.checkpoints",
     "TuningCallback": "luthier.train.callback",
+    "Span": "luthier.train.span",
+    "EarlyDynamics": "luthier.train.early_dynamics",
+    "rank_runs": "luthier.train.early_dynamics",
+    "stop_dominated": "luthier.train.early_dynamics",
 }
-__all__ = ["Checkpoints", "Interrupted", "Loop", "StepRecord", "TrainSettings", "TuningCallback"]
+__all__ = [
+    "Checkpoints",
+    "EarlyDynamics",
+    "Interrupted",
+    "Loop",
+    "Span",
+    "StepRecord",
+    "TrainSettings",
+    "TuningCallback",
+    "rank_runs",
+    "stop_dominated",
+]
 
 if TYPE_CHECKING:
     from luthier.train.callback import TuningCallback
     from luthier.train.checkpoints import Checkpoints
+    from luthier.train.early_dynamics import EarlyDynamics, rank_runs, stop_dominated
     from luthier.train.loop import Interrupted, Loop
     from luthier.train.records import StepRecord
     from luthier.train.settings import TrainSettings
+    from luthier.train.span import Span
 
 
 def __getattr__(name: str) -> Any:

@@ -20,7 +20,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,12 +31,11 @@ from torch import Tensor
 from transformers import get_scheduler
 
 from luthier.data.batches import Step, at_least, plan_epoch
-from luthier.data.pairs import PairedExamples
+from luthier.data.views import Examples, PairedExamples, View, view
 from luthier.errors import CrashError, GateError, InputError
 from luthier.models.shards import gathered, let_go, whole
 from luthier.models.topology import Topology
 from luthier.objectives.base import Loss, Objective
-from luthier.objectives.preference import Referenced
 from luthier.train.allocator import keep_freed_memory
 from luthier.train.checkpoints import Checkpoints, flat_optimizer, restore_optimizer, restore_random_state
 from luthier.train.micro_batch import micro_batch
@@ -46,18 +45,8 @@ from luthier.train.records import StepRecord, append_record, cut_records
 from luthier.train.reference import Reference, cache, without_dropout
 from luthier.train.settings import TrainSettings
 from luthier.train.signals import StopSignals
+from luthier.train.span import Span
 from luthier.tune.base import Tuned
-
-SAVE_EVERY = 200  # optimiser steps, unless `save_steps` says otherwise
-
-
-class Examples(Protocol):
-    """Encoded examples with random access, such as `luthier.data.store.Encodings`."""
-
-    @property
-    def lengths(self) -> Any: ...
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> Any: ...
 
 
 class Interrupted(CrashError):
@@ -76,6 +65,7 @@ class Loop:
         pad_id: fills rows up on the right; its embedding never matters to a causal model.
         packing: put several examples into one row (`luthier.data.collate.packing_is_exact` must approve the model).
         device: `cpu`, `cuda` or `auto`.
+        rehearse: only so many steps will be taken (a dry run), so a cached reference need not score the rest.
     """
 
     def __init__(
@@ -92,16 +82,21 @@ class Loop:
         packing: bool = False,
         device: str = "auto",
         trackers: Sequence[str] = (),
+        rehearse: int | None = None,
     ):
-        self.train: Examples = PairedExamples(train) if objective.pairs else train
-        self.validation = PairedExamples(validation) if objective.pairs and validation else validation
+        self.needs = objective.needs()
+        self.train = view(train, self.needs.learns_from, objective.method)
+        self.validation: View | None = None
+        if validation is not None and len(validation):
+            self.validation = view(validation, self.needs.learns_from, objective.method)
         if len(self.train) == 0:
             raise InputError("there is no training example", where="data", fix="look at the findings of the data stage")
         if directory:
             directory.mkdir(parents=True, exist_ok=True)
         self.tuned, self.objective, self.settings = tuned, objective, settings
-        self.reference = Reference(tuned, objective) if isinstance(objective, Referenced) else None
+        self.reference = Reference(tuned, self.needs.reference) if self.needs.reference else None
         self.directory, self.seed, self.pad_id, self.packing = directory, seed, pad_id, packing
+        self.rehearse = rehearse
         AcceleratorState._reset_state(reset_partial_state=True)  # another loop may have left its own
         self.accelerator = Accelerator(
             cpu=on_cpu(device),
@@ -118,9 +113,9 @@ class Loop:
             base: Any = tuned.base_model
             base.gradient_checkpointing_enable({"use_reentrant": False})
             base.enable_input_require_grads()
-        self.steps_per_epoch = math.ceil(len(self.train) / settings.effective_batch_size)
-        self.total = settings.max_steps or max(1, math.ceil(settings.num_train_epochs * self.steps_per_epoch))
-        default_rate = tuned.settings.default_learning_rate * objective.learning_rate_scale
+        self.span = Span.of(settings, len(self.train))
+        self.steps_per_epoch, self.total = self.span.steps_per_epoch, self.span.total
+        default_rate = tuned.settings.default_learning_rate * self.needs.learning_rate_scale
         self.learning_rate = settings.learning_rate or default_rate
         # Together, so that FSDP2 can exchange the optimiser's parameters for their shards.
         self.model, self.optimizer = self.accelerator.prepare(
@@ -143,14 +138,23 @@ class Loop:
 
     # Driving
 
-    def run(self, on_step: Callable[[StepRecord], None] | None = None) -> list[StepRecord]:
-        """All remaining steps, with clean leaving on SIGINT and SIGTERM; returns their records."""
+    def run(self, on_step: Callable[[StepRecord], None] | None = None, until: int | None = None) -> list[StepRecord]:
+        """All remaining steps, with clean leaving on SIGINT and SIGTERM; returns their records.
+
+        With `until`, only those up to that step: a checkpoint is left there, and another loop goes on from it.
+        """
         with self._signals:
-            records = []
+            records: list[StepRecord] = []
+            if until is not None and self.resume() >= until:
+                return records
             for record in self.steps():
                 records.append(record)
                 if on_step:
                     on_step(record)
+                if until is not None and record.step == until < self.total:
+                    if self.checkpoints and self.checkpoints.steps()[-1:] != [until]:
+                        self._save(self.checkpoints)
+                    break
             return records
 
     def steps(self) -> Iterator[StepRecord]:
@@ -160,9 +164,14 @@ class Loop:
                 if isinstance(pairs, PairedExamples):
                     self._cache(self.reference, name, pairs)
             self.reference = None
+        if self.needs.prompts_at_a_time > 1:  # a step that cannot be made is told now and not after hours
+            for epoch in range(math.ceil(self.total / self.steps_per_epoch)):
+                self._plan(epoch)
+            if self.validation is not None:
+                self._plan(0, self.validation)
         self.resume()
         self.model.train()
-        with without_dropout(self.model) if self.objective.without_dropout else contextlib.nullcontext():
+        with without_dropout(self.model) if self.needs.without_dropout else contextlib.nullcontext():
             while self.done < self.total and not self.stopped_early:
                 epoch, first = divmod(self.done, self.steps_per_epoch)
                 for step in self._plan(epoch)[first:]:
@@ -203,7 +212,7 @@ class Loop:
         began = time.perf_counter()
         rank = self.accelerator.process_index
         batches = [self._collate(indices) for indices in step[rank]]
-        sizes = self.train.tokens if isinstance(self.train, PairedExamples) else self.train.lengths
+        sizes = self.train.tokens
         tokens, rows = (
             sum(int(sizes[i]) for r in step for b in r for i in b),
             sum(len(b) for r in step for b in r),
@@ -250,14 +259,14 @@ class Loop:
         self._keep(record)
         return record
 
-    def _collate(self, indices: list[int], examples: Examples | None = None) -> dict[str, Tensor]:
-        source = self.train if examples is None else examples
+    def _collate(self, indices: list[int], items: View | None = None) -> dict[str, Tensor]:
+        source = self.train if items is None else items
         device = self.accelerator.device
         return micro_batch(source, indices, self.objective, packing=self.packing, pad_id=self.pad_id, device=device)
 
     def _loss(self, batch: dict[str, Tensor]) -> Loss:
         if self.reference:
-            batch = self.reference.complete(self.model, batch, self.objective.referenced)
+            batch = self.reference.complete(self.model, batch, self.needs.referenced)
         return self.objective.loss(self.model, batch)
 
     def _cache(self, reference: Reference, name: str, pairs: PairedExamples) -> None:
@@ -265,7 +274,7 @@ class Loop:
 
         def score() -> NDArray[np.float64]:
             found = torch.zeros(len(pairs), 2, dtype=torch.float64, device=self.accelerator.device)
-            for step in self._plan(0, pairs):
+            for step in self._plan(0, pairs)[: self.rehearse]:
                 for indices in step[self.accelerator.process_index]:
                     with self.accelerator.autocast():
                         scored = reference.logprobs(self.model, self._collate(indices, pairs))
@@ -280,18 +289,19 @@ class Loop:
         let_go(self.model)
         self.accelerator.wait_for_everyone()
 
-    def _plan(self, epoch: int, examples: Examples | None = None) -> list[Step]:
+    def _plan(self, epoch: int, items: View | None = None) -> list[Step]:
         plan = plan_epoch(
-            (self.train if examples is None else examples).lengths,
+            (self.train if items is None else items).lengths,
             seed=self.seed,
             epoch=epoch,
-            rows_per_step=self.settings.effective_batch_size,
+            rows_per_step=self.span.rows_per_step if items is None else self.settings.effective_batch_size,
             tokens_per_batch=self.settings.max_tokens_per_device,
             ranks=self.accelerator.num_processes,
             bucketing=self.settings.group_by_length,
             packing=self.packing,
         )
-        return at_least(plan, self.objective.smallest_batch) if self.objective.smallest_batch > 1 else plan
+        count = self.needs.prompts_at_a_time
+        return at_least(plan, (self.train if items is None else items).prompts, count) if count > 1 else plan
 
     def _add(self, parts: list[dict[str, float]]) -> dict[str, float]:
         """Sums by name, over `parts` and over all devices; every device names the same."""
@@ -344,7 +354,7 @@ class Loop:
             numbers = {"loss": record.loss, "learning_rate": record.learning_rate, "grad_norm": record.grad_norm}
             self.accelerator.log(numbers | record.metrics, step=record.step)
         leaving = self._over_devices([float(self._signals.came is not None)])[0] > 0
-        if self.checkpoints and (leaving or self._due(self.settings.save_steps or SAVE_EVERY) or self.stopped_early):
+        if self.checkpoints and (leaving or self._due(self.span.save_every) or self.stopped_early):
             self._save(self.checkpoints)
         if leaving and self.done < self.total:
             by = self._signals.came or "a signal to another process"

@@ -1,38 +1,35 @@
-"""One micro-batch: chosen examples, arranged by the objective, as tensors on the device."""
+"""One micro-batch: chosen items, laid out by their view and arranged by the objective, as tensors on the device."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from luthier.data.collate import pack_batch, pad_batch
-from luthier.data.encode import Encoded
-from luthier.data.pairs import PairedExamples
-from luthier.objectives.base import IGNORED, Objective
+from luthier.data.views import PairedExamples, View
+from luthier.objectives.base import Objective
 
 
 def micro_batch(
-    examples: Any, indices: list[int], objective: Objective, *, packing: bool, pad_id: int, device: torch.device
+    items: View, indices: Sequence[int], objective: Objective, *, packing: bool, pad_id: int, device: torch.device
 ) -> dict[str, Tensor]:
-    """The tensors of `examples[i] for i in indices`, each part under the prefix that `objective.arrange` gives it.
+    """The tensors of some items, each part under the prefix that `objective.arrange` gives it.
 
-    Without indices it is a micro-batch that carries no label: a device without rows still takes part in the step.
-    Pairs with known reference log-probabilities bring them along as `reference_logprobs`.
+    Beside them stand which sequences are good ones, as `chosen` or `desirable` (sequences,) bool, where the items have
+    both kinds, and for pairs with known reference log-probabilities these, as `reference_logprobs`. Without indices it
+    carries no label: a device without items still takes part in the step.
     """
-    chosen = [examples[i] for i in indices]
-    if not indices:
-        first: Any = examples[0][0] if objective.pairs else examples[0]
-        ids = list(first["input_ids"])[:2]
-        empty: Encoded = {"input_ids": ids, "labels": [IGNORED] * len(ids)}
-        chosen = [(empty, empty)] if objective.pairs else [empty]
+    rows, good = items.rows(indices)
     batch: dict[str, Tensor] = {}
-    for prefix, rows in objective.arrange(chosen).items():
-        tensors = pack_batch(rows) if packing else pad_batch(rows, pad_id)
+    for prefix, sequences in objective.arrange(rows, items.longest).items():
+        tensors = pack_batch(sequences) if packing else pad_batch(sequences, pad_id)
         batch |= {prefix + name: tensor for name, tensor in tensors.items()}
-    if isinstance(examples, PairedExamples) and examples.reference is not None:
-        known = examples.reference[indices] if indices else np.zeros((1, 2))
+    if items.mark is not None:
+        batch[items.mark] = torch.tensor(good)
+    if isinstance(items, PairedExamples) and items.reference is not None:
+        known = items.reference[list(indices)] if indices else np.zeros((1, 2))
         batch["reference_logprobs"] = torch.from_numpy(known.T.flatten()).float()
     return {name: tensor.to(device) for name, tensor in batch.items()}

@@ -25,10 +25,11 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from luthier.data.pairs import PairedExamples
+from luthier.data.views import PairedExamples
 from luthier.errors import InputError
-from luthier.objectives.base import Batch, part
-from luthier.objectives.preference import Referenced, answer_logprobs
+from luthier.objectives.base import ReferenceFrom
+from luthier.objectives.batch import Batch, narrow, part
+from luthier.objectives.preference import answer_logprobs
 from luthier.tune.base import Tuned
 
 _COLUMNS = ("ref_logp_chosen", "ref_logp_rejected")
@@ -39,7 +40,7 @@ class Reference:
 
     Args:
         tuned: what is being tuned, before its first step.
-        settings: the objective.
+        settings: where the objective says that it comes from.
 
     Attributes:
         cached: whether it is asked only before the first step.
@@ -48,12 +49,12 @@ class Reference:
     Raises `InputError` if the tuning has no adapter to switch off, or the model at `reference_model` does not load.
     """
 
-    def __init__(self, tuned: Tuned, settings: Referenced):
-        self.cached = settings.reference == "cached"
+    def __init__(self, tuned: Tuned, settings: ReferenceFrom):
+        self.cached = settings.source == "cached"
         self._untuned, self._second = tuned.untuned, None
-        wanted = settings.reference
-        if settings.reference_model is not None:
-            self._second = _load(settings.reference_model, tuned)
+        wanted = settings.source
+        if settings.model is not None:
+            self._second = _load(settings.model, tuned)
         elif wanted == "adapter_off" and tuned.untuned() is None:
             raise InputError(
                 f"tune.method {tuned.settings.method!r} has no adapter to switch off",
@@ -76,14 +77,15 @@ class Reference:
         if self._second is not None:
             self._second.to(batch["input_ids"].device)
             with torch.no_grad():
-                return answer_logprobs(self._second, batch)[0]
+                return answer_logprobs(self._second, batch)
         with torch.no_grad(), _evaluating(model), self._untuned() or contextlib.nullcontext():
-            return answer_logprobs(model, batch)[0]
+            return answer_logprobs(model, batch)
 
     def complete(self, model: nn.Module, batch: dict[str, Tensor], prefixes: tuple[str, ...]) -> dict[str, Tensor]:
         """`batch` with `<prefix>reference_logprobs` (sequences,) for each prefix that it lacks."""
         missing = [prefix for prefix in prefixes if f"{prefix}reference_logprobs" not in batch]
-        return batch | {f"{p}reference_logprobs": self.logprobs(model, part(batch, p)) for p in missing}
+        answers = narrow(batch)
+        return batch | {f"{p}reference_logprobs": self.logprobs(model, part(answers, p)) for p in missing}
 
 
 def cache(pairs: PairedExamples, weights: str, path: Path | None, score: Callable[[], np.ndarray], main: bool) -> None:
@@ -99,8 +101,11 @@ def cache(pairs: PairedExamples, weights: str, path: Path | None, score: Callabl
     import pyarrow as pa
     from pyarrow import parquet
 
+    if path is None:
+        pairs.reference = score()
+        return
     hashes = {b"weights": weights.encode(), b"pairs": pairs.fingerprint().encode()}
-    if path is not None and path.is_file():
+    if path.is_file():
         table = parquet.read_table(path)
         kept = table.schema.metadata or {}
         for name, value in hashes.items():
@@ -114,7 +119,7 @@ def cache(pairs: PairedExamples, weights: str, path: Path | None, score: Callabl
         pairs.reference = np.stack(known, axis=1)
         return
     pairs.reference = score()
-    if path is not None and main:
+    if main:
         columns = dict(zip(_COLUMNS, pairs.reference.T, strict=True))
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f".{path.name}.{os.getpid()}")

@@ -1,13 +1,14 @@
 """Settings of `tune.train`: how long, how fast, in which batches. Names are those of transformers' TrainingArguments
-where one exists; two are ours because that class has no words for them: `effective_batch_size` (rows per optimiser
-step, over all devices) and `max_tokens_per_device` (the size of a micro-batch, padding included).
+where one exists; three are ours because that class has no words for them: `effective_batch_size` (rows per optimiser
+step, over all devices), `min_steps_per_epoch` (a cap on it for small sets) and `max_tokens_per_device` (the size of a
+micro-batch, padding included).
 """
 
 from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"]
 
@@ -19,13 +20,17 @@ class TrainSettings(BaseModel):
         learning_rate: peak; null is the tuning's own default (full 2e-5, LoRA 2e-4).
         num_train_epochs: passes over the training rows; may be a fraction. `max_steps`, if given, decides instead.
         effective_batch_size: rows per optimiser step, over all micro-batches and devices.
+        min_steps_per_epoch: caps the effective batch at floor(rows / this), at least 1, so that an epoch has at least
+            so many steps; null leaves it at what was asked for, or at all rows where there are fewer.
         max_tokens_per_device: tokens per micro-batch with padding; a single longer row is a batch of its own. Bounds
             memory and has no influence on the outcome.
-        warmup_ratio, warmup_steps: the rise to the peak; `warmup_steps`, if given, decides.
+        warmup_ratio, warmup_steps: the rise to the peak; `warmup_steps`, if given, decides. `constant` has no rise;
+            `constant_with_warmup` has.
         group_by_length: let rows of like length share a step (less padding).
         logging_steps: every how many steps a line goes to `metrics.jsonl`.
         eval_steps, save_steps: every how many steps the validation loss is taken and a checkpoint written; null is
             once an epoch for evaluation and every 200 steps for checkpoints.
+        save_strategy: `steps` writes checkpoints as `save_steps` says, `epoch` at the end of each epoch.
         load_best_model_at_end: hand over the weights with the lowest validation loss, not the last ones.
         early_stopping_patience: stop after so many validation losses in a row without a new lowest one.
         mixed_precision: arithmetic of the forward pass; weights stay in their own type.
@@ -37,6 +42,7 @@ class TrainSettings(BaseModel):
     num_train_epochs: float = Field(default=2.0, gt=0, allow_inf_nan=False)
     max_steps: int | None = Field(default=None, ge=1)
     effective_batch_size: int = Field(default=16, ge=1)
+    min_steps_per_epoch: int | None = Field(default=None, ge=1)
     max_tokens_per_device: int = Field(default=2048, ge=1)
     group_by_length: bool = True
     lr_scheduler_type: Scheduler = "cosine"
@@ -52,13 +58,28 @@ class TrainSettings(BaseModel):
     gradient_checkpointing: bool = False
     logging_steps: int = Field(default=1, ge=1)
     eval_steps: int | None = Field(default=None, ge=1)
+    save_strategy: Literal["steps", "epoch"] = "steps"
     save_steps: int | None = Field(default=None, ge=1)
     save_total_limit: int = Field(default=2, ge=1)
     load_best_model_at_end: bool = False
     early_stopping_patience: int | None = Field(default=None, ge=1)
 
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _no_is_a_word(cls, value: object) -> object:
+        return "no" if value is False else value  # YAML reads a bare `no` as false
+
     @model_validator(mode="after")
     def _one_warmup(self) -> TrainSettings:
-        if self.warmup_steps is not None and "warmup_ratio" in self.model_fields_set:
+        # Not whether the key was written: a recipe with all its defaults written out must load again.
+        if self.warmup_steps is not None and self.warmup_ratio != type(self).model_fields["warmup_ratio"].default:
             raise ValueError("give warmup_steps or warmup_ratio, not both")
+        if self.warmup_steps and self.lr_scheduler_type == "constant":
+            raise ValueError("lr_scheduler_type constant has no warm-up; write constant_with_warmup")
+        return self
+
+    @model_validator(mode="after")
+    def _one_interval(self) -> TrainSettings:
+        if self.save_strategy == "epoch" and self.save_steps is not None:
+            raise ValueError("give save_steps or save_strategy: epoch, not both")
         return self

@@ -136,6 +136,9 @@ class LoraTuned(Tuned):
     """A PEFT model; saved as a PEFT adapter."""
 
     def untuned(self) -> AbstractContextManager[Any] | None:
+        config: Any = self.model.peft_config["default"]  # type: ignore[index]
+        if config.bias != "none" or config.init_lora_weights not in _BASE_UNTOUCHED:
+            return None  # weights of the base themselves move, or were changed to begin with
         return self.model.disable_adapter()  # type: ignore[operator]
 
     def save(self, directory: Path) -> str:
@@ -144,6 +147,11 @@ class LoraTuned(Tuned):
 
     def merged(self) -> nn.Module:
         return self.model.merge_and_unload(safe_merge=True).requires_grad_(False)  # type: ignore[operator]
+
+
+# Ways to begin (`init_lora_weights`) that leave the weights of the base as they are; others (PiSSA, OLoRA, CorDA,
+# LoftQ) take the adapter's part out of them, so that switching the adapter off does not give the base.
+_BASE_UNTOUCHED = (True, False, "gaussian", "orthogonal", "eva")
 
 
 def _refuse_skipped(asked: Any, adapted: Any) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 _WHERE = {
     "Delta": "luthier.weights.delta",
+    "Selection": "luthier.weights.selection",
     "Weights": "luthier.weights.reader",
     "content_hash": "luthier.weights.hashing",
     "diff": "luthier.weights.compare",
@@ -22,7 +23,7 @@ _WHERE = {
     "from_adapter": "luthier.weights.adapter",
     "write_weights": "luthier.weights.writer",
 }
-__all__ = ["Delta", "Weights", "content_hash", "diff", "diff_tensors", "from_adapter", "write_weights"]
+__all__ = ["Delta", "Selection", "Weights", "content_hash", "diff", "diff_tensors", "from_adapter", "write_weights"]
 
 if TYPE_CHECKING:
     from luthier.weights.adapter import from_adapter
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from luthier.weights.delta import Delta
     from luthier.weights.hashing import content_hash
     from luthier.weights.reader import Weights
+    from luthier.weights.selection import Selection
     from luthier.weights.writer import write_weights
 
 

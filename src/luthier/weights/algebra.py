@@ -47,10 +47,19 @@ def lincomb(models: Tensor, weights: Sequence[float]) -> Tensor:
 def elect(deltas: Tensor, tie: int = 0) -> Tensor:
     """The sign of the sum over models: (K, ...) -> (...) float, -1, 0 or 1; `tie` where the sum is exactly 0.
 
-    The sum is taken in float64, so its sign does not depend on the order of the models.
+    The sum is taken in float64, so that its sign does not depend on the order of the models.
     """
-    signs = deltas.sum(0, dtype=torch.float64).sign_().to(deltas.dtype)
-    return signs.masked_fill_(signs == 0, tie) if tie else signs
+    total = deltas[0].double()
+    for delta in deltas[1:]:
+        total.add_(delta)
+    if tie:
+        total.add_(tie * 1e-300)  # nothing, beside any sum of float32 but 0
+    return total.sign_().to(deltas.dtype)
+
+
+def balance(signs: Tensor) -> int:
+    """How many more 1 than -1 there are; exact for any number of elements."""
+    return int((signs > 0).sum()) - int((signs < 0).sum())
 
 
 def agree(deltas: Tensor, signs: Tensor, weights: Sequence[float] | None = None, agg: Agg = "mean") -> Tensor:
@@ -62,19 +71,17 @@ def agree(deltas: Tensor, signs: Tensor, weights: Sequence[float] | None = None,
         weights: of the models, for the mean: their sum over those that agree is the divisor; None is 1 each.
         agg: `mean` over those that agree, `sum` of them, or `max`: the largest magnitude among them with the sign.
     """
-    agreeing = deltas * signs > 0
-    chosen = torch.where(agreeing, deltas, 0.0)
+    # relu(delta * sign) is the magnitude of a delta that agrees, and 0 of any other.
+    agreeing = deltas.mul(signs).relu_()
     if agg == "max":
-        return chosen.abs().amax(0) * signs
-    total = chosen.sum(0)
+        return agreeing.amax(0).mul_(signs)
+    total = lincomb(agreeing, [1.0] * len(agreeing)).mul_(signs)
     if agg == "sum":
         return total
     if weights is None:
-        count = agreeing.sum(0)
-    else:
-        scales = torch.tensor(weights, dtype=deltas.dtype, device=deltas.device)
-        count = (agreeing * scales.view(-1, *[1] * (deltas.ndim - 1))).sum(0)
-    return torch.where(count != 0, total / count, 0.0)
+        return total.div_(lincomb(agreeing.sign_(), [1.0] * len(agreeing)).clamp_(min=1.0))
+    count = lincomb(agreeing.sign_(), weights)
+    return total.div_(count.masked_fill_(count == 0, 1.0))
 
 
 def slerp_factors(

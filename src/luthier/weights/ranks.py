@@ -43,30 +43,45 @@ class Cut:
         first = torch.arange(numbers.numel(), device=numbers.device).view(numbers.shape) < self.place - place
         return (numbers > self.value) | ((numbers == self.value) & first)
 
+    def keep(self, numbers: Tensor, place: int, out: Tensor) -> None:
+        """Write into `out` the numbers whose magnitude is above, and 0 for all others; the cut is one of magnitudes."""
+        if self.value == float("-inf"):
+            out.copy_(numbers)
+        elif place >= self.place and 0 <= self.value < float("inf"):
+            torch.hardshrink(numbers, self.value, out=out)
+        elif place + numbers.numel() <= self.place and 0 < self.value < float("inf"):
+            # as above, but for those that equal the value: a threshold one step lower
+            torch.hardshrink(numbers, float(_before(self.value)), out=out)
+        else:
+            torch.mul(numbers, self.above(numbers.abs(), place), out=out)
 
-def order_statistics(walk: Walk, ranks: Sequence[int]) -> Tensor:
+
+def order_statistics(walk: Walk, ranks: Sequence[int], *, magnitudes: bool = False) -> Tensor:
     """The numbers at ascending 0-based `ranks` of each row: (K, len(ranks)) float32, exact.
 
     Two passes over `walk`. Every rank must be below the number of elements; rows must not hold NaN.
+
+    Args:
+        magnitudes: rank by absolute value; the magnitudes are returned.
     """
-    rows, counts = _upper(walk)
-    cumulated = counts.cumsum(1)
-    bins = torch.stack([torch.searchsorted(cumulated, torch.full((rows, 1), r), right=True)[:, 0] for r in ranks], 1)
-    return _lower(walk, cumulated, bins, ranks)
+    return _ranked(walk, lambda total: ranks, magnitudes)[0]
 
 
-def top_cuts(walk: Walk, counts: Sequence[int]) -> list[list[Cut]]:
+def top_cuts(walk: Walk, counts: Sequence[int], *, magnitudes: bool = False) -> list[list[Cut]]:
     """For each row and each count the `Cut` above which exactly so many numbers stand.
 
     Of equal numbers the earlier ones are above. A count of 0 gives a cut above everything, one of all elements a cut
     below everything. Two passes over `walk`, and a third where ties must be told apart.
+
+    Args:
+        magnitudes: rank by absolute value.
     """
-    rows, upper = _upper(walk)
-    total = int(upper[0].sum())
-    ranks = [min(max(total - count, 0), total - 1) for count in counts]
-    cumulated = upper.cumsum(1)
-    bins = torch.stack([torch.searchsorted(cumulated, torch.full((rows, 1), r), right=True)[:, 0] for r in ranks], 1)
-    values, above, equal = _lower_counts(walk, cumulated, bins, ranks, total)
+
+    def ranks(total: int) -> list[int]:
+        return [min(max(total - count, 0), total - 1) for count in counts]
+
+    values, above, equal, total = _ranked(walk, ranks, magnitudes)
+    rows = len(values)
     cuts: list[list[Cut]] = []
     wanted: dict[tuple[int, int], int] = {}
     for row in range(rows):
@@ -84,77 +99,94 @@ def top_cuts(walk: Walk, counts: Sequence[int]) -> list[list[Cut]]:
                 wanted[row, column] = ties
             cuts[row].append(Cut(value, place))
     if wanted:
-        found = _places(walk, {key: (cuts[key[0]][key[1]].value, ties) for key, ties in wanted.items()})
+        sought = {key: (cuts[key[0]][key[1]].value, ties) for key, ties in wanted.items()}
+        found = _places(walk, sought, magnitudes)
         for (row, column), place in found.items():
             cuts[row][column] = Cut(cuts[row][column].value, place)
     return cuts
 
 
-def _keys(numbers: Tensor) -> Tensor:
-    """int32 that order as the float32 do; of both zeros the positive one."""
-    bits = (numbers + 0.0).view(torch.int32)
-    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+def _before(value: float) -> Tensor:
+    """The largest float32 below `value` > 0."""
+    return torch.nextafter(torch.tensor(value, dtype=torch.float32), torch.tensor(0.0))
 
 
-def _from_keys(keys: Tensor) -> Tensor:
-    keys = keys.to(torch.int32)
-    return torch.where(keys < 0, keys ^ 0x7FFFFFFF, keys).view(torch.float32)
+def _keys(numbers: Tensor, magnitudes: bool) -> Tensor:
+    """(n,) int32 that order as the float32 (or their magnitudes) do; both zeros have the same."""
+    if magnitudes:
+        return numbers.reshape(-1).view(torch.int32) & 0x7FFFFFFF
+    bits = (numbers.reshape(-1) + 0.0).view(torch.int32)
+    return bits.bitwise_xor_(bits.bitwise_right_shift(31).bitwise_and_(0x7FFFFFFF))
 
 
-def _upper(walk: Walk) -> tuple[int, Tensor]:
-    """Number of rows, and (rows, bins) int64 counts of the upper halves of the keys."""
+def _from_key(key: int) -> float:
+    bits = torch.tensor([key], dtype=torch.int32)
+    return float(torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).view(torch.float32)[0])
+
+
+def _ranked(
+    walk: Walk, ranks_of: Callable[[int], Sequence[int]], magnitudes: bool
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Per row and rank: the number there (float32), how many are larger, how many equal it (int64); and elements.
+
+    Args:
+        ranks_of: the ascending 0-based ranks, given the number of elements of a row.
+    """
+    upper = _upper(walk, magnitudes)
+    rows, cumulated = len(upper), upper.cumsum(1)
+    total = int(cumulated[0, -1])
+    ranks = ranks_of(total)
+    bins = [[int(torch.searchsorted(row, rank, right=True)) for rank in ranks] for row in cumulated]
+    lower = {(row, b): torch.zeros(_BINS, dtype=torch.int64) for row in range(rows) for b in bins[row]}
+    for _, numbers in walk():
+        for row, values in enumerate(numbers):
+            keys = _keys(values, magnitudes)
+            high = keys >> 16
+            for b in set(bins[row]):
+                chosen = keys[high == b - _BINS // 2]
+                if len(chosen):
+                    lower[row, b] += torch.bincount(chosen.bitwise_and_(0xFFFF), minlength=_BINS)
+    values = torch.empty(rows, len(ranks))
+    above, equal = (torch.empty(rows, len(ranks), dtype=torch.int64) for _ in range(2))
+    for row in range(rows):
+        for column, rank in enumerate(ranks):
+            b = bins[row][column]
+            before = int(cumulated[row, b - 1]) if b else 0
+            within = lower[row, b].cumsum(0)
+            found = int(torch.searchsorted(within, rank - before, right=True))
+            values[row, column] = _from_key(((b - _BINS // 2) << 16) | found)
+            above[row, column] = total - before - int(within[found])
+            equal[row, column] = int(lower[row, b][found])
+    return values, above, equal, total
+
+
+def _upper(walk: Walk, magnitudes: bool) -> Tensor:
+    """(rows, bins) int64 counts of the upper halves of the keys, the lowest first."""
     counts: list[Tensor] = []
     for _, numbers in walk():
         for row, values in enumerate(numbers):
             if row == len(counts):
                 counts.append(torch.zeros(_BINS, dtype=torch.int64))
-            upper = (_keys(values) >> 16) + _BINS // 2
-            counts[row] += torch.bincount(upper.view(-1), minlength=_BINS)
+            upper = _keys(values, magnitudes).bitwise_right_shift_(16)
+            if magnitudes:  # no key is negative
+                counts[row][_BINS // 2 :] += torch.bincount(upper, minlength=_BINS // 2)
+            else:
+                counts[row] += torch.bincount(upper.add_(_BINS // 2), minlength=_BINS)
     if not counts or not int(counts[0].sum()):
         raise ValueError("there are no numbers to rank")
-    return len(counts), torch.stack(counts)
+    return torch.stack(counts)
 
 
-def _lower_counts(
-    walk: Walk, cumulated: Tensor, bins: Tensor, ranks: Sequence[int], total: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Per row and rank: the number there, how many are larger, how many equal it."""
-    rows = len(bins)
-    counts = {(row, int(b)): torch.zeros(_BINS, dtype=torch.int64) for row in range(rows) for b in bins[row]}
-    for _, numbers in walk():
-        for row, values in enumerate(numbers):
-            keys = _keys(values).view(-1)
-            upper = (keys >> 16) + _BINS // 2
-            for b in {int(b) for b in bins[row]}:
-                chosen = keys[upper == b]
-                if len(chosen):
-                    counts[row, b] += torch.bincount(chosen & 0xFFFF, minlength=_BINS)
-    values = torch.empty(rows, len(ranks))
-    above = torch.empty(rows, len(ranks), dtype=torch.int64)
-    equal = torch.empty(rows, len(ranks), dtype=torch.int64)
-    for row in range(rows):
-        for column, rank in enumerate(ranks):
-            b = int(bins[row, column])
-            before = int(cumulated[row, b - 1]) if b else 0
-            lower = counts[row, b].cumsum(0)
-            found = int(torch.searchsorted(lower, torch.tensor([rank - before]), right=True)[0])
-            values[row, column] = _from_keys(torch.tensor([((b - _BINS // 2) << 16) | found]))[0]
-            above[row, column] = total - before - int(lower[found])
-            equal[row, column] = int(counts[row, b][found])
-    return values, above, equal
-
-
-def _lower(walk: Walk, cumulated: Tensor, bins: Tensor, ranks: Sequence[int]) -> Tensor:
-    return _lower_counts(walk, cumulated, bins, ranks, int(cumulated[0, -1]))[0]
-
-
-def _places(walk: Walk, wanted: dict[tuple[int, int], tuple[float, int]]) -> dict[tuple[int, int], int]:
+def _places(
+    walk: Walk, wanted: dict[tuple[int, int], tuple[float, int]], magnitudes: bool
+) -> dict[tuple[int, int], int]:
     """For each key (row, column): the place behind the n-th number of the row that equals the value."""
     left = {key: ties for key, (_, ties) in wanted.items()}
     found: dict[tuple[int, int], int] = {}
     for place, numbers in walk():
         for key in [k for k in wanted if k not in found]:
-            equal = numbers[key[0]].reshape(-1) == wanted[key][0]
+            values = numbers[key[0]].reshape(-1)
+            equal = (values.abs() if magnitudes else values) == wanted[key][0]
             here = int(equal.sum())
             if here < left[key]:
                 left[key] -= here

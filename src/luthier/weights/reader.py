@@ -8,16 +8,18 @@
 
 and checks every header before it hands anything out: pickles, files cut short, missing shards and names that stand
 twice are refused there, in one sentence. Tensors are views of the mapped files, so what is read costs no memory of
-the process's own; a large one may be looked at in pieces with `info.cut`. They must not be written to.
+the process's own; a large one may be looked at in pieces with `info.cut`. They must not be written to: the files are
+mapped for reading only. Pages that were read count as resident until the system needs them or `release` lets them go.
 """
 
 from __future__ import annotations
 
+import mmap
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-from safetensors import safe_open
+import torch
 from torch import Tensor
 
 from luthier.errors import InputError
@@ -37,9 +39,12 @@ class Weights(Mapping[str, Tensor]):
         adapter: whether these are the factors of a PEFT adapter.
     """
 
-    def __init__(self, path: Path, files: dict[str, Path], infos: dict[str, Info], adapter: bool = False):
+    def __init__(
+        self, path: Path, files: dict[str, Path], infos: dict[str, Info], places: dict[str, int], adapter: bool = False
+    ):
         self.path, self.files, self.infos, self.adapter = path, files, infos, adapter
-        self._opened: dict[Path, Any] = {}
+        self._places = places  # of the first byte in its file
+        self._mapped: dict[Path, mmap.mmap] = {}
 
     @classmethod
     def open(cls, path: Path | str) -> Weights:
@@ -53,20 +58,47 @@ class Weights(Mapping[str, Tensor]):
             raise InputError("there is no such folder or file", where=str(path))
         files: dict[str, Path] = {}
         infos: dict[str, Info] = {}
+        places: dict[str, int] = {}
         for shard in shards:
+            with shard.open("rb") as file:
+                start = 8 + int.from_bytes(file.read(8), "little")
             for name, about in read_header(shard).items():
                 if name in files:
                     raise InputError(f"tensor {name!r} is also in {files[name].name}", where=str(shard))
                 if about["dtype"] not in DTYPES:
                     raise InputError(f"tensor {name!r} has the type {about['dtype']}", where=str(shard))
                 files[name], infos[name] = shard, Info(DTYPES[about["dtype"]], tuple(about["shape"]))
-        return cls(path, files, dict(sorted(infos.items())), shards[0].name == ADAPTER)
+                places[name] = start + about["data_offsets"][0]
+        return cls(path, files, dict(sorted(infos.items())), places, shards[0].name == ADAPTER)
 
     def __getitem__(self, name: str) -> Tensor:
+        info = self.infos[name]
+        if not info.elements:
+            return torch.empty(info.shape, dtype=info.dtype)
+        with warnings.catch_warnings():  # torch warns, once in a process, that one must not write to them
+            warnings.filterwarnings("ignore", message="The given buffer is not writable")
+            found = torch.frombuffer(self._map(name), dtype=info.dtype, count=info.elements, offset=self._places[name])
+        return found.view(info.shape)
+
+    def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
+        """Let the pages of a tensor's bytes `start` to `stop` go; they are read again when they are looked at again.
+
+        Saves resident memory, and nothing where the system has no such advice.
+        """
+        if not hasattr(mmap, "MADV_DONTNEED") or not self.infos[name].elements:
+            return
+        end = self.infos[name].bytes if stop is None else stop
+        first = -(-(self._places[name] + start) // mmap.PAGESIZE) * mmap.PAGESIZE
+        last = (self._places[name] + end) // mmap.PAGESIZE * mmap.PAGESIZE
+        if last > first:
+            self._map(name).madvise(mmap.MADV_DONTNEED, first, last - first)
+
+    def _map(self, name: str) -> mmap.mmap:
         file = self.files[name]
-        if file not in self._opened:
-            self._opened[file] = safe_open(file, framework="pt")
-        return self._opened[file].get_tensor(name)
+        if file not in self._mapped:
+            with file.open("rb") as opened:
+                self._mapped[file] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        return self._mapped[file]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.infos)

@@ -3,6 +3,8 @@
     facts         120 subjects, 8 relations: a tiny decoder knows 840 facts by heart and is taught 120 more
     digits        the handwritten digits of scikit-learn, and small networks that read them
     arithmetic    eight chat skills with one right answer each; four that the tiny model knows, four to teach it
+    bandit        a contextual bandit with linear features and noisy pairs: preference losses in seconds
+    arrangements  a language whose expected rewards are exact sums: preference losses on a real language model
     reasoning     puzzles of the package reasoning-gym with its own scorers
     everyday      what anybody knows: does a tuned chat model still answer it?
     text          ordinary prose, for perplexity and forgetting
@@ -20,10 +22,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["arithmetic", "digits", "everyday", "facts", "parts", "reasoning", "text", "tiny"]
+__all__ = ["arithmetic", "arrangements", "bandit", "digits", "everyday", "facts", "parts", "reasoning", "text", "tiny"]
 
 if TYPE_CHECKING:
-    from luthier.worlds import arithmetic, digits, everyday, facts, parts, reasoning, text, tiny
+    from luthier.worlds import arithmetic, arrangements, bandit, digits, everyday, facts, parts, reasoning, text, tiny
 
 
 def __getattr__(name: str) -> Any:

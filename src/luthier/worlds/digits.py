@@ -64,10 +64,12 @@ def reader(kind: Literal["dense", "convolution"], *, width: int = 32, seed: int 
         )
 
 
-def train(network: nn.Module, pictures: Tensor, labels: Tensor, *, steps: int = 400, seed: int = 0) -> nn.Module:
-    """Train in place with AdamW (rate 3e-3, batches of 64); returns the network in evaluation mode."""
+def train(
+    network: nn.Module, pictures: Tensor, labels: Tensor, *, steps: int = 400, rate: float = 3e-3, seed: int = 0
+) -> nn.Module:
+    """Train in place with AdamW in batches of 64; returns the network in evaluation mode."""
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=rate)
     network.train()
     for _ in range(steps):
         chosen = torch.randint(0, len(labels), (64,), generator=generator)

@@ -17,7 +17,7 @@ from luthier.models import count, estimate
 from luthier.pipeline.recipe import Recipe, dump_recipe
 from luthier.pipeline.stage import Context, Outcome, Stage, write_json, write_text
 from luthier.pipeline.stages.model import load_base
-from luthier.pipeline.stages.tune import make_loop
+from luthier.pipeline.stages.tune import REHEARSED, make_loop, search_grid
 
 PACKAGES = ("luthier", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy")
 REPEAT_BELOW = 4.0  # seconds: a dry run that is longer than this is not repeated to see whether it is deterministic
@@ -46,8 +46,10 @@ class EnvironmentStage(Stage):
 
     def _dry_run(self, context: Context) -> tuple[list[Finding], dict[str, Any]]:
         findings: list[Finding] = []
+        grid = search_grid(context)  # of a search, the candidate with the fewest steps is rehearsed
+        phase = min(grid.candidates, key=lambda c: c.span.total).phase if grid else context.recipe.tune[0]
         loaded = load_base(context)
-        loop = make_loop(context, loaded, context.recipe.tune[0], directory=None)
+        loop = make_loop(context, loaded, phase, directory=None)
         facts: dict[str, Any] = {"steps": loop.total}
         if loop.total < 20:
             text = f"the first phase has {loop.total} steps; below 20 little is learnt: more epochs or a smaller batch"
@@ -60,7 +62,7 @@ class EnvironmentStage(Stage):
         began = time.perf_counter()
         losses = []
         try:
-            for _, record in zip(range(2), loop.steps(), strict=False):
+            for _, record in zip(range(REHEARSED), loop.steps(), strict=False):
                 losses.append(record.loss)
         except GateError as error:
             findings.append(Finding(level="error", code="environment.not_finite", message=str(error)))
@@ -74,8 +76,8 @@ class EnvironmentStage(Stage):
         seconds = time.perf_counter() - began
         facts["seconds_per_step"] = seconds / max(1, len(losses))
         if context.ranks.agree(seconds) < REPEAT_BELOW:
-            again = make_loop(context, load_base(context), context.recipe.tune[0], directory=None)
-            same = [record.loss for _, record in zip(range(2), again.steps(), strict=False)] == losses
+            again = make_loop(context, load_base(context), phase, directory=None)
+            same = [record.loss for _, record in zip(range(REHEARSED), again.steps(), strict=False)] == losses
             facts["deterministic"] = same
             if not same:
                 text = "the same two steps gave another loss: runs on this machine will not repeat to the last bit"

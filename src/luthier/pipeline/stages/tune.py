@@ -1,8 +1,18 @@
-"""Stage 4, tune: the phases one after the other, each from where the one before ended."""
+"""Stage 4, tune: the phases one after the other, each from where the one before ended; before that a search over the
+learning rate and batch of the one phase, where the recipe asks for one.
+
+A phase that is followed by another leaves a key of all that decided it. Where another run of the same name, or another
+cell of a study, has finished the same first phases from the same model and rows, they are taken over with their last
+checkpoints: supervised tuning before six preference losses is done once.
+
+A search hands on the best candidate's settings and, as `phase-1`, its folder. The phase then finds itself finished
+and goes through the same judging and saving as any other.
+"""
 
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 import time
 from collections.abc import Iterable
@@ -12,8 +22,8 @@ from typing import Any
 import torch
 import xxhash
 
-from luthier.data.pairs import PairedExamples
 from luthier.data.store import Encodings
+from luthier.data.views import PairedExamples, view
 from luthier.errors import GateError, InputError
 from luthier.findings import Finding
 from luthier.models import Loaded
@@ -22,11 +32,17 @@ from luthier.models.shards import gathered, is_sharded, part_here
 from luthier.models.topology import Topology
 from luthier.pipeline.progress import training_progress
 from luthier.pipeline.recipe import Phase, Recipe
-from luthier.pipeline.stage import Context, Outcome, Stage
+from luthier.pipeline.run import earlier_runs, link_folder
+from luthier.pipeline.search import Found, Search
+from luthier.pipeline.search_grid import Grid, batch_capped
+from luthier.pipeline.stage import Context, Outcome, Stage, code_version, digest, write_json
 from luthier.pipeline.stages.model import load_base, pad_id
 from luthier.train import Loop
 from luthier.tune import Probe, Tuned
 from luthier.tune.base import share_that_moves
+
+KEY = "key.json"  # of a phase, beside its metrics and checkpoints
+REHEARSED = 2  # steps of a dry run
 
 
 class TuneStage(Stage):
@@ -37,38 +53,47 @@ class TuneStage(Stage):
     together = True
 
     def settings(self, recipe: Recipe) -> Any:
-        return {"tune": [p.model_dump(mode="json") for p in recipe.tune], "seed": recipe.environment.seed}
+        search = recipe.environment.search
+        return {
+            "tune": [p.model_dump(mode="json") for p in recipe.tune],
+            "seed": recipe.environment.seed,
+            "search": search.model_dump(mode="json") if search else None,
+        }
 
     def run(self, context: Context, directory: Path) -> Outcome:
         recipe = context.recipe
-        loaded = load_base(context)
         findings: list[Finding] = []
         facts: dict[str, Any] = {"phases": []}
+        phases = recipe.tune
+        grid = search_grid(context)
         context.ranks.first(lambda: shutil.rmtree(directory / "tuned", ignore_errors=True))
-        for number, phase in enumerate(recipe.tune, start=1):
+        taken = context.ranks.first(lambda: _take_over(context, directory))
+        if grid:
+            try:
+                found = _search(context, grid, directory)
+            except GateError as error:
+                findings += [*grid.findings(), Finding(level="error", code="tune.not_finite", message=str(error))]
+                return Outcome(findings, facts)
+            phases, facts["search"] = (found.best.phase,), found.facts
+            findings += found.findings
+        loaded = load_base(context)
+        for number, phase in enumerate(phases, start=1):
             last = number == len(recipe.tune)
             loop = make_loop(context, loaded, phase, directory=directory / f"phase-{number}", phase_number=number)
             assert loop.directory is not None
             loop.directory.mkdir(parents=True, exist_ok=True)
-            if isinstance(loop.train, PairedExamples) and loop.train.identical:
-                text = f"{loop.train.identical} pairs were left out because both answers are the same"
-                findings.append(
-                    Finding(level="warn", code="tune.identical_pairs", message=text, value=loop.train.identical)
-                )
+            findings += _left_out(loop)
+            if loop.span.rows_per_step < phase.train.effective_batch_size:
+                findings.append(batch_capped(phase.train.effective_batch_size, loop.span.rows_per_step, loop.span.rows))
             moving, whole = share_that_moves(loop.tuned)
-            frozen = _fingerprint(loop.tuned.frozen().values())
             began = time.perf_counter()
             try:
-                with training_progress(context.progress, loop, f"tune {number}/{len(recipe.tune)}") as on_step:
-                    loop.run(on_step)
+                findings += _trained(context, loop, f"tune {number}/{len(phases)}")
             except GateError as error:
                 findings.append(Finding(level="error", code="tune.not_finite", message=str(error)))
                 return Outcome(findings, facts)
             history = read_metrics(loop.directory / "metrics.jsonl")
             findings += _judge(history, number)
-            if context.ranks.agree(_fingerprint(loop.tuned.frozen().values()) != frozen):
-                text = "weights that should have stayed frozen have changed"
-                findings.append(Finding(level="error", code="tune.frozen_changed", message=text))
             if loop.stopped_early:
                 text = f"phase {number} stopped after {loop.done} of {loop.total} steps: the validation loss rose"
                 findings.append(Finding(level="info", code="tune.stopped_early", message=text, value=loop.done))
@@ -78,6 +103,9 @@ class TuneStage(Stage):
                 "tokens": sum(r["tokens"] for r in history),
                 "train_seconds": sum(r["seconds"] for r in history),
             }
+            if not last:
+                phase_facts["taken_over"] = number <= taken
+                context.ranks.first(lambda at=loop.directory, n=number: write_json(at / KEY, _key(context, n)))  # type: ignore[misc]
             facts["phases"].append(phase_facts)
             tuned = _in_one_piece(context, loop, phase)
             if len(recipe.tune) == 1:
@@ -92,6 +120,69 @@ class TuneStage(Stage):
         files = [p.relative_to(directory).as_posix() for p in sorted((directory / "tuned").rglob("*.safetensors"))]
         facts["peak_memory"] = int(context.ranks.agree(peak_memory()))
         return Outcome(findings, facts, files)
+
+
+def _key(context: Context, number: int) -> dict[str, str]:
+    """All that decides the outcome of the first `number` phases, as a hash."""
+    model = context.manifest("model")
+    phases = [phase.model_dump(mode="json") for phase in context.recipe.tune[:number]]
+    environment = context.recipe.environment.model_dump(mode="json", exclude={"trackers"})
+    return {"key": digest([model and [model.key, model.outputs], phases, environment, code_version()])}
+
+
+def _take_over(context: Context, directory: Path) -> int:
+    """Link the most first phases that an earlier run has finished alike; how many there are."""
+    if any(directory.glob("phase-*")):
+        return 0  # this run's own attempt goes on
+    for number in range(len(context.recipe.tune) - 1, 0, -1):
+        key = _key(context, number)
+        for folder in earlier_runs(context):
+            phases = [folder / directory.name / f"phase-{n}" for n in range(1, number + 1)]
+            whole = all((phase / "checkpoints").is_dir() for phase in phases) and (phases[-1] / KEY).is_file()
+            if whole and json.loads((phases[-1] / KEY).read_text(encoding="utf-8")) == key:
+                for phase in phases:
+                    link_folder(phase, directory / phase.name)
+                context.say(f"  {'phase 1' if number == 1 else f'phases 1 to {number}'}: as in {folder}")
+                return number
+    return 0
+
+
+def _trained(context: Context, loop: Loop, title: str, until: int | None = None) -> list[Finding]:
+    """Run a loop, to step `until` or to its end, and see that what is frozen has stayed as it was."""
+    frozen = _fingerprint(loop.tuned.frozen().values())
+    with training_progress(context.progress, loop, title) as on_step:
+        loop.run(on_step, until)
+    if not context.ranks.agree(_fingerprint(loop.tuned.frozen().values()) != frozen):
+        return []
+    text = "weights that should have stayed frozen have changed"
+    return [Finding(level="error", code="tune.frozen_changed", message=text)]
+
+
+def _search(context: Context, grid: Grid, directory: Path) -> Found:
+    def make(phase: Phase, folder: Path) -> Loop:
+        return make_loop(context, load_base(context), phase, directory=folder)
+
+    def train(loop: Loop, title: str, until: int | None) -> list[Finding]:
+        return _trained(context, loop, title, until)
+
+    return Search(context, grid, directory, make, train).run()
+
+
+def search_grid(context: Context) -> Grid | None:
+    """The grid that the recipe asks for, if it does; `InputError` if there are no rows to search on or to choose by."""
+    recipe = context.recipe
+    if recipe.environment.search is None:
+        return None
+    if not len(Encodings(context.path("model") / "validation")):
+        raise InputError(
+            "a search chooses by the validation loss, and there are no validation rows",
+            where="environment.search",
+            fix="give data.split a share for validation, or name data.validation_source",
+        )
+    train: Any = Encodings(context.path("model") / "train")
+    (phase,) = recipe.tune
+    objective: Any = phase.objective
+    return Grid.of(recipe.environment.search, phase, len(view(train, objective.needs().learns_from, objective.method)))
 
 
 def _save(outcome: Any, directory: Path) -> str:
@@ -138,6 +229,7 @@ def make_loop(context: Context, loaded: Loaded, phase: Phase, *, directory: Path
         packing=bool(context.facts("model").get("packing", False)),
         device=recipe.environment.device,
         trackers=recipe.environment.trackers if directory else (),
+        rehearse=None if directory else REHEARSED,
     )
     if len(recipe.tune) > 1 and is_sharded(tuned.model.parameters()):
         raise InputError(
@@ -150,8 +242,6 @@ def make_loop(context: Context, loaded: Loaded, phase: Phase, *, directory: Path
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a phase's metrics.jsonl."""
-    import json
-
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
@@ -186,6 +276,18 @@ def _judge(history: list[dict[str, Any]], number: int) -> list[Finding]:
         text = "the validation loss rose three times in a row: fewer epochs, or load_best_model_at_end: true"
         findings.append(Finding(level="warn", code="tune.overfit", message=text, value=checks[-1], limit=min(checks)))
     return findings
+
+
+def _left_out(loop: Loop) -> list[Finding]:
+    """What the objective does not learn from although it stands in the training rows."""
+    count = loop.train.left_out
+    if not count:
+        return []
+    if isinstance(loop.train, PairedExamples):
+        text = f"{count} pairs were left out because both answers are the same"
+        return [Finding(level="warn", code="tune.identical_pairs", message=text, value=count)]
+    text = f"{loop.objective.method} imitates good answers only; {count} rejected or undesirable ones were left out"
+    return [Finding(level="warn", code="tune.not_imitated", message=text, value=count)]
 
 
 def _fingerprint(parameters: Iterable[torch.Tensor]) -> str:
