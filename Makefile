@@ -30,6 +30,8 @@ floors: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(RUN) $(BIN)/python benchmarks/speed.py
+	$(RUN) $(BIN)/python benchmarks/merge_speed.py
+	$(RUN) $(BIN)/python benchmarks/merge_memory.py
 
 docs: $(VENV)/.ready
 	$(BIN)/mkdocs build --strict

@@ -162,7 +162,8 @@ def main() -> None:
             record["merges"][method] = found
             print(
                 f"{method:<7} {found['own_bytes'] / 2**20:.0f} MiB beside imports "
-                f"({found['imports_bytes'] / 2**20:.0f} MiB), {time.perf_counter() - began:.0f} s, under a {found['limit']} of {LIMIT / 1e9} GB"
+                f"({found['imports_bytes'] / 2**20:.0f} MiB), {time.perf_counter() - began:.0f} s, "
+                f"under a {found['limit']} of {LIMIT / 1e9} GB"
             )
     OUT.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
