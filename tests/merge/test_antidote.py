@@ -282,8 +282,14 @@ def test_plain_networks_are_run_by_the_loss():
     def loss(model, batch):
         return F.cross_entropy(model(batch[0]), batch[1])
 
+    def minus(model):
+        return -float(loss(model, (x, y)).detach())
+
     run = {"method": "antidote", "targets": ("0", "2"), "drop_top": 0.2}
-    made = lt.merge(run, models=[network], data=[(x[:4], y[:4]), (x[4:], y[4:])], loss=loss)
+    data = [(x[:4], y[:4]), (x[4:], y[4:])]
+    made = lt.merge(run, models=[network], data=data, loss=loss, evaluate=minus)
+    assert made.report["scores"]["before"] == {"score": minus(network)}
+    assert made.report["scores"]["after"] == {"score": minus(made.model)}
     score = network[0].weight.abs() * x.square().mean(0).sqrt()
     assert torch.equal(made.model[0].weight == 0, antidote_mask({"w": score.detach()}, 0.2).mask("w"))
     with pytest.raises(InputError, match="no loss says how"):

@@ -47,6 +47,8 @@ TABLE = [
     Row({"method": "linear"}, nothing=None),
     Row({"method": "linear", "weights": (0.5, 0.3, 0.9)}, identity=None, nothing=None, ordered=True),
     Row({"method": "patch", "density": 0.1}, identity=ALL, nothing=None, same=ALL, count=1),
+    Row({"method": "soup"}, nothing=None),
+    Row({"method": "soup", "weights": (0.5, 0.3, 0.9)}, identity=None, nothing=None, ordered=True),
     Row({"method": "task-arithmetic"}, identity={"scale": 1.0}, same={"scale": 1 / 3}),
     Row({"method": "ties"}, identity={"density": 1.0}, same={"density": 1.0}),
     Row({"method": "ties", "scope": "tensor"}, identity={"density": 1.0}, same={"density": 1.0}),

@@ -106,6 +106,8 @@ def test_the_change_lies_between_those_of_the_models_that_stay(inter):
     slack = 1e-6 * clamped.abs().amax(0)
     assert bool(((change <= high + slack) & (change >= low - slack))[some].all())
     assert not change[~some].any() and 0 < int(some.sum()) < 3000
+    alone = stays.sum(0) == 1
+    assert torch.equal(change[alone], torch.where(stays, clamped, 0.0).sum(0)[alone]) and bool(alone.any())
     assert torch.equal(shares.amin(1), torch.zeros(4)) and torch.equal(shares.amax(1), torch.ones(4))
     assert torch.allclose(merged(tau, inter=inter, scale=1.0), change, rtol=1e-6, atol=0)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 import sys
@@ -43,6 +42,7 @@ def merge(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Merge models of one shape into one, tensor by tensor, whatever their size."""
+    from luthier.data.read import import_callable
     from luthier.pipeline.merging import merge_models, plan_merge, read_recipe
 
     words, chosen = _told_apart(given or [], settings or [])
@@ -61,7 +61,9 @@ def merge(
     if output is None:
         raise InputError("no place for the outcome is named", where="--output", fix="name a new folder with -o")
     with _bar(quiet) as say:
-        result = merge_models(asked, output, data=data, evaluate=_callable(evaluate), say=say)
+        result = merge_models(
+            asked, output, data=data, evaluate=import_callable(evaluate) if evaluate else None, say=say
+        )
     for finding in result.findings:
         print(f"{finding.level} {finding.code}: {finding.message}", file=sys.stderr)
     if as_json:
@@ -74,19 +76,6 @@ def _told_apart(given: Sequence[str], settings: Sequence[str]) -> tuple[list[str
     """Method and models, and settings: `--set` takes one, and any word like `scale=1.0` behind it is one more."""
     words = [word for word in given if not _SETTING.match(word) or Path(word).exists()]
     return words, [*settings, *(word for word in given if word not in words)]
-
-
-def _callable(name: str | None) -> Callable[[Any], float] | None:
-    if name is None:
-        return None
-    module, _, attribute = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"cannot be loaded: {error}", where=name, fix="write module:function") from None
-    if not callable(found):
-        raise InputError("is not a function", where=name)
-    return found
 
 
 @contextmanager

@@ -7,11 +7,14 @@ Two halves. The first needs no model and works on text (stage 1 of a run):
     forms           text, completion, messages (OpenAI), Alpaca, ShareGPT, preference: recognised and made canonical
     clean, near_duplicates, contamination    what is empty, private, repeated, or leaked from the evaluation rows
     split, balance  who is training, validation, test; how often a training row is used
+    selection       which of the training rows are used: the contract, and methods such as `perplexity`
     prepare         all of this together: three files of canonical rows and a data card
     rows            those files, read at random
 
 The second needs the model's tokenizer (stage 2 and training): `encode` and `templates` (tokens and loss marks),
 `store` (encoded examples on disk), `batches` (the plan of an epoch), `collate` (padded or packed tensors).
+
+Beside both: `images`, pictures cut into tiles.
 
 A canonical row is a plain mapping with `where` ("chats.jsonl:12"), `id` (16 hex digits, from its content), the columns
 of exactly one form (`text`; `prompt`, `completion`; `messages`, maybe `tools`; `prompt`, `chosen`, `rejected`;
@@ -28,7 +31,9 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-METHODS: dict[str, str] = {}
+METHODS: dict[str, str] = {
+    "perplexity": "luthier.data.perplexity:PerplexityFilter",
+}
 
 _WHERE = {
     "DataSettings": "luthier.data.settings",
@@ -39,6 +44,11 @@ _WHERE = {
     "recognise": "luthier.data.forms",
     "row_text": "luthier.data.clean",
     "Rows": "luthier.data.rows",
+    "Scored": "luthier.data.selection",
+    "Selected": "luthier.data.selection",
+    "Selection": "luthier.data.selection",
+    "SelectionContext": "luthier.data.selection",
+    "tile_catty": "luthier.data.images",
     "Prepared": "luthier.data.prepare",
     "prepare": "luthier.data.prepare",
     "encode": "luthier.data.encode",
@@ -57,6 +67,10 @@ __all__ = [
     "Encodings",
     "Prepared",
     "Rows",
+    "Scored",
+    "Selected",
+    "Selection",
+    "SelectionContext",
     "Source",
     "Step",
     "canonical",
@@ -72,6 +86,7 @@ __all__ = [
     "read_rows",
     "recognise",
     "row_text",
+    "tile_catty",
 ]
 
 if TYPE_CHECKING:
@@ -80,9 +95,11 @@ if TYPE_CHECKING:
     from luthier.data.collate import pack_batch, packing_is_exact, pad_batch
     from luthier.data.encode import encode, prompt_ids
     from luthier.data.forms import canonical, recognise
+    from luthier.data.images import tile_catty
     from luthier.data.prepare import Prepared, prepare
     from luthier.data.read import import_callable, read_rows
     from luthier.data.rows import Rows
+    from luthier.data.selection import Scored, Selected, Selection, SelectionContext
     from luthier.data.settings import DataSettings, Source
     from luthier.data.store import Encodings, encode_split
 

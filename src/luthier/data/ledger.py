@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from luthier.data.roles import is_judged
 from luthier.errors import InputError
 
 MAX_CLASSES = 10_000
+EMPTY, EMPTY_JUDGED = 1, 2  # an empty answer to be imitated, and one to be compared
 SHOWN = 5  # places named in a finding
 
 
@@ -34,8 +35,8 @@ class Ledger:
         ids: uint64, from the content exactly.        keys: uint64, from the text, case and white space aside.
         groups: uint64, equal within a group.         classes: int32, index into `labels`; -1 without a label.
         sources: int16, as given to `add`.            characters: int64, length of the text.
-    And over all rows: `labels`, `forms`, `private` (rows with each kind of private data), `empty` (places and number
-    of rows in which an answer is empty) and `empty_judged` (the same of pairs and judged answers).
+        empty: int8, 1 where an answer is empty, 2 where it is that of a pair or a judged answer; else 0.
+    And over all rows: `labels`, `forms`, `private` (rows with each kind of private data).
     """
 
     def __init__(self, folder: Path, *, sketches: bool):
@@ -48,10 +49,6 @@ class Ledger:
         self.labels: list[str] = []
         self.forms: Counter[str] = Counter()
         self.private: Counter[str] = Counter()
-        self.empty: list[str] = []
-        self.empty_rows = 0
-        self.empty_judged: list[str] = []
-        self.empty_judged_rows = 0
 
     def __len__(self) -> int:
         return len(self._columns["ids"])
@@ -76,6 +73,7 @@ class Ledger:
             "classes": self._class(row) if "label" in row else -1,
             "sources": source,
             "characters": len(text),
+            "empty": (EMPTY_JUDGED if is_judged(row) else EMPTY) if empty_parts(row) else 0,
             "offsets": self._offset,
         }
         for name, number in numbers.items():
@@ -86,12 +84,6 @@ class Ledger:
             self._sketches.write(sketch(word_hashes(row_text(row, system=False))).tobytes())
         self.forms[next(form for form in ("messages", "chosen", "desirable", "completion", "text") if form in row)] += 1
         self.private.update(private_data(text).keys())
-        if (missing := empty_parts(row)) and is_judged(row):
-            self.empty_judged_rows += 1
-            self.empty_judged += [f"{row['where']}, {missing[0]}"] if len(self.empty_judged) < SHOWN else []
-        elif missing:
-            self.empty_rows += 1
-            self.empty += [f"{row['where']}, {missing[0]}"] if len(self.empty) < SHOWN else []
 
     def _class(self, row: Row) -> int:
         name = str(row["label"])
@@ -115,6 +107,7 @@ class Ledger:
         self.classes: NDArray[np.int32] = columns["classes"]
         self.sources: NDArray[np.int16] = columns["sources"]
         self.characters: NDArray[np.int64] = columns["characters"]
+        self.empty: NDArray[np.int8] = columns["empty"]
 
     def release(self) -> None:
         """Let go of the scratch files."""
@@ -147,4 +140,27 @@ class Ledger:
         return ", ".join(str(self.row(int(index))["where"]) for _, index in zip(range(SHOWN), indices, strict=False))
 
 
-_COLUMNS = {"ids": "Q", "keys": "Q", "groups": "Q", "classes": "i", "sources": "h", "characters": "q", "offsets": "q"}
+_COLUMNS = {"ids": "Q", "keys": "Q", "groups": "Q", "classes": "i", "sources": "h", "characters": "q", "empty": "b"}
+_COLUMNS |= {"offsets": "q"}
+
+
+class LedgerRows(Sequence[dict[str, Any]]):
+    """Some of a ledger's rows, read from disk when they are asked for: by place, or all in order."""
+
+    def __init__(self, ledger: Ledger, chosen: NDArray[np.bool_]):
+        self._ledger, self._chosen, self.indices = ledger, chosen, np.flatnonzero(chosen)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (row for _, row in self._ledger.rows(self._chosen))
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
+    def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
+        if isinstance(index, slice):
+            return [self._ledger.row(int(i)) for i in self.indices[index]]
+        return self._ledger.row(int(self.indices[index]))

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from luthier.data.ledger import Ledger
+from luthier.data.clean import empty_parts
+from luthier.data.ledger import EMPTY, EMPTY_JUDGED, SHOWN, Ledger
+from luthier.data.selection import Selected
 from luthier.data.settings import DataSettings
 from luthier.data.split import SPLITS, TEST, TRAIN, VALIDATION
 from luthier.findings import Finding
@@ -67,12 +69,14 @@ def notices(
     times: NDArray[np.int64],
     compared: Comparison,
     settings: DataSettings,
+    selected: Selected | None = None,
 ) -> list[Finding]:
-    """All findings of stage 1, worst first."""
+    """All findings of stage 1, worst first; what a selection noticed is among them."""
     found = [
+        *(selected.findings if selected is not None else ()),
         *_overlap(ledger, split, compared, settings),
         *_contamination(ledger, compared, settings),
-        *_empty(ledger),
+        *_empty(ledger, (split != TRAIN) | kept if selected is not None else np.ones_like(kept)),
         *_copies(ledger, split, compared, settings),
         *_amounts(ledger, split, kept, times, settings),
         *_private(ledger),
@@ -122,15 +126,20 @@ def _contamination(ledger: Ledger, compared: Comparison, settings: DataSettings)
     yield Finding(level=level, code="data.contamination", message=message, value=share, limit=CONTAMINATION_LIMIT)
 
 
-def _empty(ledger: Ledger) -> Iterator[Finding]:
-    if ledger.empty_rows:
-        more = " ..." if ledger.empty_rows > len(ledger.empty) else ""
-        message = f"{ledger.empty_rows} rows have an empty text or answer: {'; '.join(ledger.empty)}{more}"
-        yield Finding(level="error", code="data.empty_answer", message=message, value=ledger.empty_rows, limit=0)
-    if count := ledger.empty_judged_rows:
-        more = " ..." if count > len(ledger.empty_judged) else ""
-        message = f"{count} rows have an empty answer and are left out: {'; '.join(ledger.empty_judged)}{more}"
-        yield Finding(level="warn", code="data.empty_judged_answer", message=message, value=count, limit=0)
+def _empty(ledger: Ledger, looked_at: Mask) -> Iterator[Finding]:
+    """Rows with nothing to learn; a selection has seen to the training rows that are not among them."""
+    kinds = (
+        (EMPTY, "error", "data.empty_answer", "have an empty text or answer"),
+        (EMPTY_JUDGED, "warn", "data.empty_judged_answer", "have an empty answer and are left out"),
+    )
+    for kind, level, code, what in kinds:
+        found = np.flatnonzero((ledger.empty == kind) & looked_at)
+        if count := len(found):
+            rows = (ledger.row(int(index)) for index in found[:SHOWN])
+            places = "; ".join(f"{row['where']}, {empty_parts(row)[0]}" for row in rows)
+            more = " ..." if count > SHOWN else ""
+            message = f"{count} rows {what}: {places}{more}"
+            yield Finding(level=level, code=code, message=message, value=count, limit=0)  # type: ignore[arg-type]
 
 
 def _copies(ledger: Ledger, split: NDArray[np.int8], compared: Comparison, settings: DataSettings) -> Iterator[Finding]:

@@ -4,6 +4,7 @@
     split                           by hash, within groups and classes (`split`); files given for one are taken whole
     compare                         exact and near copies, rows shared between splits, contamination
     take out of the training rows   copies (`deduplicate`) and leaked rows (`decontaminate`); held-out rows stay
+    select                          of the training rows that are left those that `select` keeps
     draw                            so many training rows by the seed (`sample`), in nested subsets
     weigh                           repeat or leave out training rows (`balance`)
     write                           train.jsonl, validation.jsonl, test.jsonl, datacard.json: aside first, then renamed
@@ -20,6 +21,7 @@ What is noticed, as findings:
     data.group_overlap    warn   groups of a given validation or test file are in the training rows too
     data.few_rows         warn   fewer than 500 rows
     data.imbalance        warn   one class has more than ten times the rows of another, and `balance` is none
+    data.select           info   how many rows a selection kept; what else it notices begins with `data.select_`
     data.pii              info   rows that seem to hold e-mail addresses, card numbers, keys and the like
 
 An overlap with a file that was given is an error even where the rows were taken out: whoever made that file took it
@@ -33,8 +35,9 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +48,11 @@ from luthier.data.balance import copies
 from luthier.data.clean import key_of, mixed, row_text
 from luthier.data.contamination import Evaluation
 from luthier.data.formats import MAX_ROW_BYTES, saved_parts
-from luthier.data.ledger import Ledger
+from luthier.data.ledger import Ledger, LedgerRows
 from luthier.data.near_duplicates import clusters
 from luthier.data.notices import Comparison, notices
 from luthier.data.read import read_rows
+from luthier.data.selection import Row, Selected, SelectionContext, needs_scorer
 from luthier.data.settings import DataSettings, Source
 from luthier.data.split import SPLITS, TEST, TRAIN, VALIDATION, assign
 from luthier.errors import CrashError, InputError
@@ -72,6 +76,7 @@ def prepare(
     *,
     seed: int,
     evaluation_texts: Iterable[str] = (),
+    select: Callable[[Sequence[Row]], Selected] | None = None,
     max_row_bytes: int = MAX_ROW_BYTES,
 ) -> Prepared:
     """Write train.jsonl, validation.jsonl, test.jsonl and datacard.json into `directory` (made if missing).
@@ -83,6 +88,8 @@ def prepare(
             sources; which split a row is in does not depend on that order.
         evaluation_texts: what else the model is going to be evaluated on; training rows are held against it as well
             as against the validation and test rows. Read once.
+        select: training rows -> those to use; only called if the settings have a `select`. Default: its own `apply`,
+            with no model to score by.
         max_row_bytes: a longer line is refused.
 
     Raises `InputError` if rows cannot be read, or none is left for training; `CrashError` if the disk is full.
@@ -96,7 +103,7 @@ def prepare(
         scratch.mkdir(parents=True)
         ledger = Ledger(scratch, sketches=settings.deduplicate != "none")
         try:
-            return _prepare(settings, directory, scratch, ledger, seed, evaluation_texts, max_row_bytes)
+            return _prepare(settings, directory, scratch, ledger, seed, evaluation_texts, select, max_row_bytes)
         finally:
             ledger.release()
     except OSError as error:
@@ -113,6 +120,7 @@ def _prepare(
     ledger: Ledger,
     seed: int,
     evaluation_texts: Iterable[str],
+    select: Callable[[Sequence[Row]], Selected] | None,
     max_row_bytes: int,
 ) -> Prepared:
     sources = _sources(settings)
@@ -125,6 +133,13 @@ def _prepare(
     if not kept.any():
         what = f"no training row is left of {int((split == TRAIN).sum())}: all are copies or contain evaluation text"
         raise InputError(what, where="data", fix="give other rows, or set data.deduplicate and data.decontaminate")
+    selected = None
+    if settings.select is not None:
+        apply = select or partial(settings.select.apply, context=SelectionContext(needs_scorer, seed))  # type: ignore[attr-defined]
+        rows = LedgerRows(ledger, kept)
+        selected = apply(rows)
+        kept = np.zeros_like(kept)
+        kept[rows.indices[selected.kept]] = True
     if settings.sample is not None:
         kept = _drawn(ledger, kept, settings.sample, seed)
     weights = np.array([source.weight for _, source in sources])[ledger.sources[kept]]
@@ -137,8 +152,8 @@ def _prepare(
         temperature=settings.balance_temperature,
         seed=seed,
     )
-    _write(ledger, split, times, scratch)
-    findings = notices(ledger, split, kept, times, compared, settings)
+    _write(ledger, split, times, scratch, selected)
+    findings = notices(ledger, split, kept, times, compared, settings, selected)
     described = [
         {
             "name": Path(source.path).name if source.path is not None else source.name,
@@ -149,6 +164,8 @@ def _prepare(
         for (role, source), count in zip(sources, counts, strict=True)
     ]
     card = _card(ledger, split, kept, times, compared, settings, seed)
+    if selected is not None:
+        card["selection"] = {"settings": settings.select.model_dump(mode="json"), **selected.stats}  # type: ignore[union-attr]
     card = {"sources": described, **card, "findings": [finding.model_dump() for finding in findings]}
     (scratch / "datacard.json").write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for name in [f"{name}.jsonl" for name in SPLITS] + ["datacard.json"]:
@@ -268,24 +285,37 @@ def _drawn(ledger: Ledger, kept: Mask, sample: int, seed: int) -> Mask:
     return drawn
 
 
-def _write(ledger: Ledger, split: NDArray[np.int8], times: NDArray[np.int64], scratch: Path) -> None:
-    """Each row as often as `times` says into the file of its split."""
+def _write(
+    ledger: Ledger, split: NDArray[np.int8], times: NDArray[np.int64], scratch: Path, selected: Selected | None
+) -> None:
+    """Each row as often as `times` says into the file of its split; selected ones with their figures."""
     doubles = _repeated_ids(ledger, split)
     seen: Counter[tuple[int, int]] = Counter()
     files = [(scratch / f"{name}.jsonl").open("wb") for name in SPLITS]
+    places = iter(range(len(selected or ())))
+    chosen = np.zeros(len(split), dtype=bool)
+    if selected is not None and selected.columns:
+        assert isinstance(selected.rows, LedgerRows)
+        chosen[selected.rows.indices[selected.kept]] = True
     try:
         for index, line in enumerate(ledger.lines()):
+            if selected is not None and chosen[index]:
+                line = _line(json.loads(line) | selected.figures(next(places)))
             if doubles[index]:
                 row, key = json.loads(line), (int(split[index]), int(ledger.ids[index]))
                 seen[key] += 1
                 if seen[key] > 1:
                     row["id"] += f"-{seen[key]}"
-                    line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8")
+                    line = _line(row)
             for _ in range(times[index]):
                 files[split[index]].write(line)
     finally:
         for file in files:
             file.close()
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8")
 
 
 def _repeated_ids(ledger: Ledger, split: NDArray[np.int8]) -> Mask:
@@ -319,7 +349,7 @@ def _card(
         "characters": {name: _percentiles(ledger.characters[mask]) for name, mask in masks.items() if mask.any()},
         "removed": compared.counts(split == TRAIN),
         "private": dict(sorted(ledger.private.items())),
-        "empty": ledger.empty_rows + ledger.empty_judged_rows,
+        "empty": int((ledger.empty > 0).sum()),
     }
     if settings.sample is not None:
         card["sample"] = settings.sample

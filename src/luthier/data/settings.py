@@ -27,6 +27,7 @@ from pydantic import (
 )
 
 from luthier.errors import did_you_mean
+from luthier.methods import field
 
 Form = Literal["auto", "text", "completion", "messages", "preference", "unpaired", "alpaca", "sharegpt"]
 
@@ -142,6 +143,9 @@ class DataSettings(BaseModel):
         "exact", description="Which copies to take out of the training rows; near ones are reported unless none."
     )
     decontaminate: bool = Field(True, description="Take training rows out that contain text of evaluation rows.")
+    select: field("data") | None = Field(  # type: ignore[valid-type]
+        None, description="Which of the training rows to use; none: all."
+    )
     template: Literal["auto", "chat", "none"] = Field(
         "auto", description="auto: conversations use the chat template, all else is raw; chat: completions use it too."
     )
@@ -164,6 +168,15 @@ class DataSettings(BaseModel):
         if len(set(columns.values())) < len(columns):
             raise ValueError("one column cannot stand for two canonical ones")
         return columns
+
+    @field_validator("select")
+    @classmethod
+    def _selects(cls, select: Any) -> Any:
+        from luthier.data.selection import Selection
+
+        if select is not None and not isinstance(select, Selection):
+            raise ValueError(f"{select.method} is a method of data, but it selects no rows")
+        return select
 
     @field_validator("split")
     @classmethod

@@ -1,7 +1,8 @@
 """From ids to words: generation and the likelihood of given continuations.
 
-Both take a model and lists of token ids, so that prompts are built in exactly one place (`luthier.data.encode`), and
-both work in batches that change nothing: a prompt's result does not depend on what it was batched with.
+Both take a model and lists of token ids, so that prompts are built in exactly one place (`luthier.data.encode`);
+`answer_scorer` puts the two together for rows. They work in batches that change nothing: a result does not depend on
+what it was batched with.
 """
 
 from __future__ import annotations
@@ -14,16 +15,18 @@ from typing import TYPE_CHECKING, Any
 _WHERE = {
     "Generation": "luthier.decode.generate",
     "Likelihood": "luthier.decode.likelihood",
+    "answer_scorer": "luthier.decode.scoring",
     "context_length": "luthier.decode.inputs",
     "generate": "luthier.decode.generate",
     "likelihoods": "luthier.decode.likelihood",
 }
-__all__ = ["Generation", "Likelihood", "context_length", "generate", "likelihoods"]
+__all__ = ["Generation", "Likelihood", "answer_scorer", "context_length", "generate", "likelihoods"]
 
 if TYPE_CHECKING:
     from luthier.decode.generate import Generation, generate
     from luthier.decode.inputs import context_length
     from luthier.decode.likelihood import Likelihood, likelihoods
+    from luthier.decode.scoring import answer_scorer
 
 
 def __getattr__(name: str) -> Any:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -32,14 +32,9 @@ from luthier.evaluate.task import Context, Item, Task, finite
 if TYPE_CHECKING:
     from torch import nn
 
+    from luthier.decode.scoring import Passage
+
 LARGEST = 700.0  # nats a token; exp of more is no float
-
-
-class Passage(NamedTuple):
-    """One row made ready: (prompt, continuation) of each stretch of tokens that counts, and whether it was cut."""
-
-    stretches: list[tuple[list[int], list[int]]]
-    cut: bool
 
 
 class Perplexity(Task):
@@ -90,41 +85,25 @@ class Perplexity(Task):
         self, rows: Sequence[Row], tokenizer: Any, context: Context, context_length: int | None
     ) -> list[Passage]:
         """The tokens of each row that count, each stretch with everything before it."""
-        from luthier.data.encode import IGNORED, Encoder
+        from luthier.data.encode import Encoder
+        from luthier.decode.scoring import passage
 
         encoder = Encoder(tokenizer, self.settings(context))
         limit = min((n for n in (self.max_length, context_length) if n is not None), default=None)
         passages = []
         for row, examples in zip(rows, encoder.encode_rows(rows), strict=True):
-            stretches, cut = [], False
-            for example in examples[:1] if "chosen" in row else examples:
-                ids, labels = example["input_ids"][:limit], example["labels"][:limit]
-                cut |= len(ids) < len(example["input_ids"])
-                for start, end in _runs([label != IGNORED for label in labels]):
-                    stretches.append((ids[:start], ids[start:end]))
-            if not stretches:
+            made = passage(examples[:1] if "chosen" in row else examples, limit)
+            if not made.stretches:
+                cut = f" among its first {limit}" if made.cut else ""
                 raise InputError(
-                    f"the row has no token to score{f' among its first {limit}' if cut else ''}",
+                    f"the row has no token to score{cut}",
                     where=row.get("where"),
                     fix="take it out, or allow more tokens with max_length",
                 )
-            passages.append(Passage(stretches, cut))
+            passages.append(made)
         return passages
 
 
 def perplexity(nlls: Sequence[float], tokens: int) -> float:
     """exp(sum of `nlls` / `tokens`): `nlls` are the rows' summed negative log-probabilities in nats."""
     return math.exp(min(LARGEST, math.fsum(nlls) / tokens))
-
-
-def _runs(counted: Sequence[bool]) -> list[tuple[int, int]]:
-    """The (start, end) of each stretch of true values, the first position aside."""
-    runs, start = [], None
-    for position in range(1, len(counted) + 1):
-        inside = position < len(counted) and counted[position]
-        if inside and start is None:
-            start = position
-        elif not inside and start is not None:
-            runs.append((start, position))
-            start = None
-    return runs

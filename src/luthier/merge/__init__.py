@@ -24,6 +24,7 @@ METHODS = {
     "pcb": "luthier.merge.pcb:Pcb",
     "pleas": "luthier.merge.pleas:Pleas",
     "slerp": "luthier.merge.slerp:Slerp",
+    "soup": "luthier.merge.soup:Soup",
     "task-arithmetic": "luthier.merge.task_arithmetic:TaskArithmetic",
     "ties": "luthier.merge.ties:Ties",
     "transfer": "luthier.merge.transfer:Transfer",

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from luthier.errors import InputError, did_you_mean
 from luthier.merge.base import Data, Score, WholeMerged, WholeModelMerge
 from luthier.merge.factors import factors_in
-from luthier.merge.running import again, mean_loss
+from luthier.merge.running import again, mean_loss, scored
 from luthier.merge.sources import distinct
 from luthier.merge.wanda import Loss, cut_batches, input_norms, inputs_first, mean_gradients, wanda, weight_of
 from luthier.models.structure import is_linear
@@ -45,8 +45,10 @@ from luthier.weights.selection import Selection
 Competition = Literal["row", "layer"]
 On = Literal["adapter", "weight", "delta"]
 HARMFUL = "harmful"
-QKV: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "query", "key", "value", "q", "k", "v", "q_lin", "k_lin", "v_lin")
-QKV += ("c_attn", "qkv", "qkv_proj", "query_key_value", "Wqkv", "W_pack")  # one linear for all three
+QKV: tuple[str, ...] = (
+    *("q_proj", "k_proj", "v_proj", "query", "key", "value", "q", "k", "v", "q_lin", "k_lin", "v_lin"),
+    *("c_attn", "qkv", "qkv_proj", "query_key_value", "Wqkv", "W_pack"),  # one linear for all three
+)
 
 
 class Antidote(WholeModelMerge):
@@ -128,7 +130,7 @@ class Antidote(WholeModelMerge):
                 sides = (("before", tuned), ("after", model))
                 report.setdefault("loss", {})[name] = {side: mean_loss(loss, one, cut) for side, one in sides}
         if evaluate is not None:
-            report["scores"] = {"before": evaluate(tuned), "after": evaluate(model)}
+            report["scores"] = {side: scored(evaluate(one))[1] for side, one in (("before", tuned), ("after", model))}
         return WholeMerged(model, report, {"mask.safetensors": selection.save})
 
     def _scores(

@@ -14,6 +14,10 @@ of the whole model (a threshold over all weights) or of a whole tensor (a norm),
 are combined), `model`. Because `combine` is stateless and the survey repeatable, a merge can itself be one of the
 models of another, without ever being written (see `sources.MergedSource`).
 
+A merge that chooses by a score (which models, which scale) sets `searches` and tells in `search` what it wants tried;
+what it settles on is a merge without a search. So looking for the best one streams like any other merge, and needs no
+more of a model than that somebody can score it.
+
 `WholeModelMerge` is for the few that must run the models: they get modules, data and callables.
 """
 
@@ -177,6 +181,25 @@ class Shape:
     names: Sequence[str]
 
 
+ScoreOf = Callable[["Merge", Sequence[int]], float]
+"""The score of what a merge makes of some of the models, by their numbers in the order given; never not-a-number."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a search settled on.
+
+    Attributes:
+        method: the merge to make; it does not search.
+        models: of which of the models, by their numbers, in this order.
+        log: of the search, json-able, for `merge.json`.
+    """
+
+    method: Merge
+    models: Sequence[int]
+    log: dict[str, Any]
+
+
 class Merge(Method):
     """Base of all merges that go tensor by tensor. Verb: `combine`.
 
@@ -204,6 +227,15 @@ class Merge(Method):
     def passes(self) -> int:
         """How often the survey goes over all models at most; for the plan and the progress bar."""
         return 0
+
+    @property
+    def searches(self) -> bool:
+        """Whether `search` must settle the settings or the models before anything can be merged."""
+        return False
+
+    def search(self, count: int, score: ScoreOf) -> Choice:
+        """Which merge of which of `count` models to make; each call of `score` makes one on trial and evaluates it."""
+        raise NotImplementedError
 
     def arrange(self, base: Source | None, models: Sequence[Source]) -> tuple[Source | None, list[Source]]:
         """The base and the models as this merge wants them: in another order, padded, with one more. Called before

@@ -128,6 +128,11 @@ class Step:
             raise InputError(f"{method.method} takes {wanted} models besides a base, got {count}", where="models")
         if method.needs_base and lineup.base is None:
             raise InputError(f"{method.method} merges differences to a base, and none is given", fix="give --base")
+        if method.searches:
+            raise InputError(
+                f"{method.method} with these settings searches, and this merge is one step of several",
+                fix="make that merge first and name its outcome here",
+            )
         method.check(lineup.shape)
         self._found: dict[str, Any] = {}  # by tensor; of a survey over the whole model under ""
 

@@ -154,6 +154,9 @@ def shares_of(made: Tensor, dropped: Tensor, best: Tensor) -> Tensor:
 
 
 def balance(shares: Tensor, clamped: Tensor, scales: Sequence[float]) -> Tensor:
-    """Step 5: sum_k scales[k] S_k C_k / max(sum_k S_k, 1e-12): (K, ...), (K, ...) -> (...)."""
+    """Step 5: sum_k scales[k] S_k C_k / max(sum_k S_k, 1e-12): (K, ...), (K, ...) -> (...).
+
+    Shares are divided before they multiply, so that what one model alone keeps passes to the last bit.
+    """
     factors = torch.tensor(scales, dtype=clamped.dtype).view(-1, *[1] * (clamped.ndim - 1))
-    return (factors * (shares * clamped)).sum(0) / shares.sum(0).clamp(min=1e-12)
+    return (factors * clamped * (shares / shares.sum(0).clamp(min=1e-12))).sum(0)

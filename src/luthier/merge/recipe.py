@@ -8,6 +8,9 @@
       - {name: skills, method: breadcrumbs, base: models/base, models: [models/maths, models/code]}
       - {name: whole, method: {method: slerp, t: 0.3}, models: [models/chat, skills]}
 
+    evaluate: my_tasks:score                            # judges a model, for greedy soups and for a search
+    search: {scale: [0.4, 0.7, 1.0]}                    # of the last step: all combinations, the best is written
+
 A name of an earlier step, or a key of `models`, stands for what it means; everything else is a path, relative to the
 recipe's own folder. What one step makes is never written for the next: its rows are computed when they are asked for.
 """
@@ -52,17 +55,25 @@ class StepSettings(BaseModel):
 
 
 class MergeRecipe(BaseModel):
-    """Steps in order; a recipe of one step may be written without `steps`."""
+    """Steps in order; a recipe of one step may be written without `steps`.
+
+    Attributes:
+        evaluate: `module:function` of a callable that scores a model, higher is better.
+        search: values to try by name of a setting of the last step (see `luthier.merge.search`).
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     steps: tuple[StepSettings, ...] = Field(min_length=1)
+    evaluate: str | None = None
+    search: dict[str, tuple[Any, ...]] | None = Field(default=None, min_length=1)
 
     @model_validator(mode="before")
     @classmethod
     def _from_flat(cls, value: Any) -> Any:
         if isinstance(value, Mapping) and "steps" not in value:
-            return {"steps": [value]}
+            own = {key: value[key] for key in ("evaluate", "search") if key in value}
+            return {"steps": [{key: given for key, given in value.items() if key not in own}], **own}
         return value
 
     @model_validator(mode="after")
@@ -71,6 +82,8 @@ class MergeRecipe(BaseModel):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"two steps are called {twice[0]!r}; give each a name of its own")
+        if self.search is not None and isinstance(self.steps[-1].method, WholeModelMerge):
+            raise ValueError("a search varies merges of tensors; the last step runs its models")
         whole = [step.name for step in self.steps[:-1] if isinstance(step.method, WholeModelMerge)]
         if whole:
             raise ValueError(f"step {whole[0]!r} runs its models, so it must be the last one or a recipe of its own")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -77,7 +77,8 @@ def merge(
         method: a merge's name, its settings as a mapping, or the object.
         models, base: folders or files of weights, LoRA adapters, deltas, mappings of tensors, or modules.
         out: new folder; None gives tensors in memory (or, of a method that runs the models, a module).
-        data, loss, evaluate: for the methods that run the models (`luthier.merge.base.WholeModelMerge`).
+        data, loss, evaluate: for the methods that run the models (`luthier.merge.base.WholeModelMerge`). `evaluate`
+            also for those that choose by a score (`soup` with greedy); what it is handed is in `luthier.merge.trials`.
         vocabulary: what to do when tokenizers differ: refuse, or map every model's rows to the base's tokens.
         depth_of: depth of a tensor by name; by default from the model's topology, else from its names.
 
@@ -94,21 +95,39 @@ def merge(
 
         return merge_modules(chosen, models, base, out, data=data, loss=loss, evaluate=evaluate)
     assert isinstance(chosen, Merge)
-    unused = [name for name, given in (("data", data), ("loss", loss), ("evaluate", evaluate)) if given is not None]
+    idle = [("data", data), ("loss", loss), ("evaluate", None if chosen.searches else evaluate)]
+    unused = [name for name, given in idle if given is not None]
     if unused:
         raise InputError(f"{chosen.method} has no use for {', '.join(unused)}", fix="leave it out")
+    about: dict[str, Any] = {}
+    if chosen.searches:
+        from luthier.merge.trials import settle
+
+        frame, opened = sources_of(models, base)
+
+        def line_up(method: Merge, some: Sequence[Source]) -> Lineup:
+            return lined_up(method, some, frame, vocabulary, depth_of)
+
+        choice = settle(chosen, models, opened, line_up, evaluate, out=out, shard_bytes=shard_bytes)
+        about = {"method": chosen.model_dump(mode="json"), "search": choice.log}
+        chosen, models, base = choice.method, [opened[k] for k in choice.models], frame
     step = Step(chosen, lined_up(chosen, models, base, vocabulary, depth_of))
-    return write_step(step, out, began=began, shard_bytes=shard_bytes, say=say)
+    return write_step(step, out, began=began, shard_bytes=shard_bytes, say=say, about=about)
+
+
+def sources_of(models: Sequence[Any], base: Any) -> tuple[Source | None, list[Source]]:
+    """The base and the models, opened and told apart by their labels."""
+    if not models:
+        raise InputError("there is no model to merge", where="models")
+    frame = open_source(base, None) if base is not None else None
+    return frame, _told_apart([open_source(model, frame) for model in models])
 
 
 def lined_up(
     method: Merge, models: Sequence[Any], base: Any, vocabulary: Vocabulary = "refuse", depth_of: DepthOf | None = None
 ) -> Lineup:
     """The sources of a merge, opened, checked against each other and ordered as the method wants them."""
-    if not models:
-        raise InputError("there is no model to merge", where="models")
-    frame = open_source(base, None) if base is not None else None
-    opened = _told_apart([open_source(model, frame) for model in models])
+    frame, opened = sources_of(models, base)
     if not method.own_vocabulary:
         opened = same_vocabulary(frame or opened[0], opened, vocabulary)
     frame, opened = method.arrange(frame, opened)
@@ -122,9 +141,9 @@ def write_step(
     began: float,
     shard_bytes: int = SHARD_BYTES,
     say: Say = lambda *_: None,
-    more: dict[str, Any] | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> MergeResult:
-    """Make the passes of a step, and write or return its outcome with its report and what `more` is told there."""
+    """Make the passes of a step and write or return its outcome with its report; `about` goes over the report's own."""
     lineup, method = step.lineup, step.method
     counter = Counter([model.label for model in lineup.models], depth_of_names(lineup.names))
     total, done = lineup.bytes * (method.passes + 1), 0
@@ -142,12 +161,12 @@ def write_step(
     tensors: dict[str, Tensor] = {}
     if out is None:
         tensors = merged_tensors(step, look)
-        report = _report(step, counter, began) | (more or {})
+        report = _report(step, counter, began, about)
     else:
         check_room(Path(out), lineup)
         with write_aside(Path(out)) as aside:
             write_merged(step, aside, look, shard_bytes=shard_bytes)
-            report = _report(step, counter, began) | (more or {})
+            report = _report(step, counter, began, about)
             draw(report["tensors"], aside / "merge.svg")
             (aside / "merge.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     say(total, total)
@@ -190,10 +209,11 @@ def _findings(step: Step, counter: Counter) -> list[Finding]:
     return found
 
 
-def _report(step: Step, counter: Counter, began: float) -> dict[str, Any]:
+def _report(step: Step, counter: Counter, began: float, about: Mapping[str, Any] | None) -> dict[str, Any]:
     lineup = step.lineup
     return {
         "method": step.method.model_dump(mode="json"),
+        **(about or {}),
         "base": _told(lineup.base) if lineup.base is not None else None,
         "models": [_told(model) for model in lineup.models],
         "seconds": time.perf_counter() - began,

@@ -138,7 +138,7 @@ def merge_search(
     if best is None:
         raise InputError(f"none of {len(trials)} trials has a score that is a number", where="evaluate")
     told = {"score": best[0], "trials": [{"values": trial.values, "score": trial.score} for trial in trials]}
-    merged = write_step(step.again(best[1]), out, began=began, shard_bytes=shard_bytes, more={"search": told})
+    merged = write_step(step.again(best[1]), out, began=began, shard_bytes=shard_bytes, about={"search": told})
     return SearchResult(best[1], best[0], trials, merged)
 
 

@@ -118,6 +118,7 @@ class StoredSource:
         self.infos: Mapping[str, Info] = infos_of(tensors)
         self._last: tuple[str, Tensor] | None = None
         self._read = 0  # bytes of the last tensor that were handed out and may be let go
+        self._digest: str | None = None
 
     def whole(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -136,7 +137,9 @@ class StoredSource:
         return Rows(lambda: part.to("cpu", torch.float32))
 
     def digest(self) -> str:
-        return content_hash(self.tensors)
+        if self._digest is None:  # a pass over all weights, and asked for again by each merge on trial
+            self._digest = content_hash(self.tensors)
+        return self._digest
 
 
 class AdapterSource:

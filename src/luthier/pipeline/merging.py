@@ -11,11 +11,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from luthier.data.read import import_callable
 from luthier.errors import InputError
 from luthier.merge.base import Merge, WholeModelMerge
 from luthier.merge.lineup import Step
 from luthier.merge.recipe import MergeRecipe, StepSettings, last_step
 from luthier.merge.run import MergeResult, Say, lined_up, merge
+from luthier.merge.search import merge_search
 from luthier.merge.sources import TILE
 from luthier.pipeline.recipe_text import override, parse, read_text
 
@@ -76,6 +78,21 @@ def merge_models(
 ) -> MergeResult:
     """Do what was asked for and write it to the new folder `out`."""
     step, models, base = last_step(asked.recipe, asked.folder)
+    if evaluate is None and asked.recipe.evaluate is not None:
+        evaluate = import_callable(asked.recipe.evaluate)
+    if asked.recipe.search is not None:
+        if evaluate is None:
+            raise InputError("a search needs something that scores a model", where="search", fix="name it as evaluate")
+        found = merge_search(
+            step.method,
+            models=list(models.values()),
+            base=base,
+            grid=asked.recipe.search,
+            evaluate=evaluate,
+            out=out,
+            vocabulary=step.vocabulary,
+        )
+        return found.merged
     batches, loss = None, None
     if data is not None:
         batches, loss = batches_of(data, step, models, base)

@@ -3,19 +3,23 @@
 The rows are read and split in a scratch folder and encoded with the model's tokenizer; the model is built without
 weights. So counts of rows, tokens, steps and parameters are exact, memory is an estimate, and time is left open: it
 depends on the machine and is measured by the dry run of the environment stage. Of a study, the first cell is planned,
-and the section study says how many there are.
+and the section study says how many there are. Where rows are selected by a model, their number is exact and their
+length that of others.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from luthier.data.prepare import prepare
 from luthier.data.rows import Rows
+from luthier.data.selection import stand_ins
 from luthier.data.store import encode_split
+from luthier.findings import Finding
 from luthier.models import count, estimate, load_tokenizer, skeleton, verify
 from luthier.models.topology import Topology
 from luthier.pipeline.recipe import Recipe, cells, load_recipe
@@ -36,7 +40,9 @@ def plan(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[st
     recipe = chosen[0][1] if chosen else recipe
     facts = verify(recipe.model)
     with tempfile.TemporaryDirectory() as scratch:
-        prepared = prepare(recipe.data, Path(scratch) / "rows", seed=recipe.environment.seed)
+        select = recipe.data.select
+        spread = partial(stand_ins, select) if select is not None else None
+        prepared = prepare(recipe.data, Path(scratch) / "rows", seed=recipe.environment.seed, select=spread)
         tokenizer = load_tokenizer(recipe.model)
         encoded = encode_split(
             Rows(prepared.files["train"]),
@@ -47,6 +53,9 @@ def plan(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[st
             context=recipe.model.context,
         )
         findings = [*prepared.findings, *encoded.findings]
+        if select is not None:
+            text = "which rows data.select keeps is known when they are scored; as many others stand in for them here"
+            findings.append(Finding(level="info", code="plan.stand_ins", message=text))
         rows, tokens = len(encoded), int(sum(encoded.lengths))
         learned, longest = int(sum(encoded.loss_tokens)), int(max(encoded.lengths, default=0))
         splits = {name: len(Rows(path)) for name, path in prepared.files.items()}

@@ -39,6 +39,14 @@ def training_progress(shown: bool, loop: Loop, title: str) -> Iterator[Callable[
 
 
 @contextmanager
+def scoring_progress(shown: bool, title: str) -> Iterator[Callable[[int], None]]:
+    """A count of rows, of which nobody knows yet how many there are; call the value with those done."""
+    with _bar(shown) as bar:
+        task = bar.add_task(title, total=None, note="rows")
+        yield lambda done: bar.update(task, completed=done)  # type: ignore[arg-type]
+
+
+@contextmanager
 def evaluation_progress(shown: bool, title: str) -> Iterator[Callable[[str, int, int], None]]:
     """A bar per task, filled by calls with (task, rows done, rows in all)."""
     with _bar(shown) as bar:

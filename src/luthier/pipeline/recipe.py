@@ -209,7 +209,7 @@ def json_schema() -> dict[str, Any]:
     definitions = schema.setdefault("$defs", {})
     refs: dict[str, list[dict[str, Any]]] = {}
     parts: list[dict[str, Any]] = [{"type": "string", "enum": sorted(table("objectives"))}]  # of a weighted list
-    for room in ("objectives", "tune", "evaluate"):
+    for room in ("data", "objectives", "tune", "evaluate"):
         refs[room] = [{"type": "string", "enum": sorted(table(room))}]  # a bare name is a method with its defaults
         for name in table(room):
             own = find(room, name).model_json_schema(by_alias=True)
@@ -228,6 +228,7 @@ def json_schema() -> dict[str, Any]:
         definitions.pop(name, None)
     phase = {"anyOf": refs["tune"]}
     schema["properties"]["tune"] = {"anyOf": [phase, {"type": "array", "items": phase, "minItems": 1}]}
+    definitions["DataSettings"]["properties"]["select"] = {"anyOf": [*refs["data"], {"type": "null"}], "default": None}
     definitions["EvaluateSettings"]["properties"]["tasks"]["items"] = {"anyOf": refs["evaluate"]}
     return schema
 
@@ -275,7 +276,7 @@ def _explain(
 
 def _method_keys(path: Sequence[str | int], value: Any) -> list[str]:
     """The keys of the method that stands at `path` of the recipe; none if no method stands there."""
-    room = {"tune": "tune", "objective": "objectives", "tasks": "evaluate"}.get(
+    room = {"tune": "tune", "objective": "objectives", "tasks": "evaluate", "select": "data"}.get(
         next((str(part) for part in reversed(path) if not isinstance(part, int)), "")
     )
     for part in path:

@@ -144,5 +144,12 @@ PROOF = Proof(
             expected=False,
         ),
     ],
-    notes=["Without outliers the 8 largest of 400 weights are skill: leaving them out is the wrong setting there."],
+    notes=[
+        "Without outliers the 8 largest of 400 weights are skill: leaving them out is the wrong setting there.",
+        (
+            "With the settings of 2 tasks breadcrumbs keeps more than task arithmetic at every count of tasks (from "
+            "1.04 to 0.92 of the single models' accuracy against 0.93 to 0.83), but from 2 tasks on it falls a "
+            "little more."
+        ),
+    ],
 )

@@ -8,6 +8,7 @@
     reasoning     puzzles of the package reasoning-gym with its own scorers
     everyday      what anybody knows: does a tuned chat model still answer it?
     text          ordinary prose, for perplexity and forgetting
+    safety        a decoder that refuses some prompts, and a user's tuning that breaks the refusal
     tiny          the language model of 1 million parameters that the package ships
     parts         training and test questions kept apart by construction
 
@@ -22,10 +23,34 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__all__ = ["arithmetic", "arrangements", "bandit", "digits", "everyday", "facts", "parts", "reasoning", "text", "tiny"]
+__all__ = [
+    "arithmetic",
+    "arrangements",
+    "bandit",
+    "digits",
+    "everyday",
+    "facts",
+    "parts",
+    "reasoning",
+    "safety",
+    "text",
+    "tiny",
+]
 
 if TYPE_CHECKING:
-    from luthier.worlds import arithmetic, arrangements, bandit, digits, everyday, facts, parts, reasoning, text, tiny
+    from luthier.worlds import (
+        arithmetic,
+        arrangements,
+        bandit,
+        digits,
+        everyday,
+        facts,
+        parts,
+        reasoning,
+        safety,
+        text,
+        tiny,
+    )
 
 
 def __getattr__(name: str) -> Any:

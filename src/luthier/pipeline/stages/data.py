@@ -1,7 +1,8 @@
-"""Stage 1, data: read the sources, clean, split, and hold them against the rows that will judge the outcome."""
+"""Stage 1, data: read the sources, clean, split, hold them against the rows that will judge the outcome, select."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from luthier.data.prepare import prepare
 from luthier.errors import InputError
 from luthier.evaluate.task import Context as TaskContext
 from luthier.pipeline.recipe import Recipe
+from luthier.pipeline.selection import selection_context
 from luthier.pipeline.stage import Context, Outcome, Stage, file_digest
 
 
@@ -20,7 +22,10 @@ class DataStage(Stage):
 
     def settings(self, recipe: Recipe) -> Any:
         tasks = [task.model_dump(mode="json") for task in recipe.evaluate.tasks]
-        return {"data": recipe.data.model_dump(mode="json"), "tasks": tasks, "seed": recipe.environment.seed}
+        wanted = {"data": recipe.data.model_dump(mode="json"), "tasks": tasks, "seed": recipe.environment.seed}
+        if recipe.data.select is not None:  # it may score rows with the model that is going to be tuned
+            wanted["model"] = recipe.model.model_dump(mode="json")
+        return wanted
 
     def sources(self, recipe: Recipe) -> Any:
         named = [recipe.data.source, recipe.data.validation_source, recipe.data.test_source]
@@ -31,7 +36,9 @@ class DataStage(Stage):
         recipe = context.recipe
         tasks = TaskContext(recipe.data, seed=recipe.environment.seed)
         texts = [row_text(row) for task in recipe.evaluate.tasks if task.source for row in task.rows(tasks)]
-        prepared = prepare(recipe.data, directory, seed=recipe.environment.seed, evaluation_texts=texts)
+        seed, select = recipe.environment.seed, recipe.data.select
+        apply = partial(select.apply, context=selection_context(context)) if select is not None else None
+        prepared = prepare(recipe.data, directory, seed=seed, evaluation_texts=texts, select=apply)
         files = [path.name for path in prepared.files.values()]
         return Outcome(prepared.findings, {"card": prepared.card}, [*files, "datacard.json"])
 
