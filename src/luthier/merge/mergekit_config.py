@@ -3,11 +3,12 @@
     plan = read_mergekit("config.yaml")
     lt.merge(plan.method, base=plan.base, models=plan.models, out="merged")
 
-Understood are `slerp`, `linear`, `task_arithmetic` and `ties`, over whole models (`models:`, or one slice that takes
-all layers), with parameters for all models or for each, as numbers, gradients along depth, and filters. What has no
-counterpart here is refused by name; what does not change the outcome's numbers is left out and told in `notes`.
+Understood are `slerp`, `linear`, `task_arithmetic`, `ties` and `breadcrumbs`, over whole models (`models:`, or one
+slice that takes all layers), with parameters for all models or for each, as numbers, gradients along depth, and
+filters. What has no counterpart here is refused by name; what does not change the outcome's numbers is left out and
+told in `notes`.
 
-Defaults are mergekit's: `normalize` is true for linear and ties, `lambda` 1, `density` 1 and per tensor for ties.
+Defaults are mergekit's: `normalize` is true for linear and ties, `lambda` 1, `density` 1 (per tensor), `gamma` 0.01.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from luthier.errors import InputError, did_you_mean
 from luthier.merge.base import Merge
@@ -25,7 +27,13 @@ from luthier.methods import build
 from luthier.models.checkpoint import read_json
 
 _TOP = {"merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source"}
-_KNOWN = {"t", "weight", "density", "normalize", "lambda", "int8_mask", "rescale"}
+_TAKES = {
+    "slerp": {"t"},
+    "linear": {"weight", "normalize"},
+    "task_arithmetic": {"weight", "normalize", "lambda", "int8_mask"},
+    "ties": {"weight", "normalize", "lambda", "int8_mask", "density"},
+    "breadcrumbs": {"weight", "normalize", "lambda", "int8_mask", "density", "gamma"},
+}
 
 
 @dataclass(frozen=True)
@@ -61,12 +69,16 @@ def read_mergekit(source: Path | str | Mapping[str, Any]) -> MergekitPlan:
     entries, shared = _entries(config, where)
     base = config.get("base_model")
     reading = _Reading(where, entries, shared, None if base is None else _path(base, where))
-    reading.check_parameters()
+    reading.check_parameters(name)
     settings, base, models = _READERS[name](reading)
     notes = [*_notes(config), *reading.notes]
     if config.get("tokenizer_source") not in (None, "base", base):
         raise InputError("tokenizer_source is not understood", where=where, fix="leave it out, or name the base")
-    method = build("merge", settings)
+    try:
+        method = build("merge", settings)
+    except ValidationError as error:
+        said = "; ".join(problem["msg"] for problem in error.errors())
+        raise InputError(f"{name}: {said}", where=where) from None
     assert isinstance(method, Merge)
     return MergekitPlan(method, base, models, notes)
 
@@ -83,11 +95,11 @@ class _Reading:
     def __post_init__(self) -> None:
         self.notes: list[str] = []
 
-    def check_parameters(self) -> None:
+    def check_parameters(self, method: str) -> None:
         given = {key for parameters in (self.shared, *(p for _, p in self.entries)) for key in parameters}
-        odd = sorted(given - _KNOWN)
+        odd = sorted(given - _TAKES[method])
         if odd:
-            raise InputError(f"the parameter {', '.join(odd)} is not understood", where=self.where)
+            raise InputError(f"the parameter {', '.join(odd)} is not understood for {method}", where=self.where)
         if "int8_mask" in given:
             self.notes.append("int8_mask: only how mergekit stores its masks")
 
@@ -108,6 +120,13 @@ class _Reading:
                 raise InputError(f"{key} of {name} is needed and not given", where=self.where)
             found.append(knob_of(given, f"{self.where}: {key} of {name}"))
         return found
+
+    def constant(self, key: str, names: Sequence[str], default: float | None = None) -> float:
+        """A number that has to be the same for all models and layers."""
+        found = self.of_each(key, names, default)
+        if not found or not isinstance(found[0], float) or any(value != found[0] for value in found):
+            raise InputError(f"{key} has to be one number for all models and layers here", where=self.where)
+        return found[0]
 
     def flag(self, key: str, default: bool) -> bool:
         given = self.shared.get(key, default)
@@ -157,13 +176,10 @@ def _task_arithmetic(reading: _Reading) -> Read:
 
 def _ties(reading: _Reading) -> Read:
     names = reading.others
-    densities = reading.of_each("density", names, 1.0)
-    if len({str(density) for density in densities}) > 1 or not isinstance(densities[0], float):
-        raise InputError("ties takes one density for all models and layers", where=reading.where)
     settings = {
         "method": "ties",
         "scope": "tensor",
-        "density": densities[0],
+        "density": reading.constant("density", names, 1.0),
         "weights": tuple(reading.of_each("weight", names)),
         "agg": "mean" if reading.flag("normalize", True) else "sum",
         "scale": reading.of_all("lambda", 1.0),
@@ -171,7 +187,24 @@ def _ties(reading: _Reading) -> Read:
     return settings, reading.with_base(), names
 
 
+def _breadcrumbs(reading: _Reading) -> Read:
+    names = reading.others
+    if reading.flag("normalize", False):
+        raise InputError("normalize of breadcrumbs is not understood", where=reading.where, fix="leave it out")
+    weight, scale = reading.constant("weight", names), reading.of_all("lambda", 1.0)
+    if not isinstance(scale, float):
+        raise InputError("lambda along depth is not understood", where=reading.where, fix="give a number")
+    settings = {
+        "method": "breadcrumbs",
+        "density": reading.constant("density", names, 1.0),
+        "drop_top": reading.constant("gamma", names, 0.01),
+        "scale": weight * scale,
+    }
+    return settings, reading.with_base(), names
+
+
 _READERS: dict[str, Callable[[_Reading], Read]] = {
+    "breadcrumbs": _breadcrumbs,
     "linear": _linear,
     "slerp": _slerp,
     "task_arithmetic": _task_arithmetic,
