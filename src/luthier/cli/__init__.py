@@ -156,6 +156,15 @@ def _search_table(search: dict[str, Any]) -> None:
         print(f"            rate {rate:g}, batch {batch:,}: {one['steps']:,} steps")
 
 
+def _about_method(room: str, name: str) -> dict[str, Any]:
+    """What `luthier methods NAME` shows of a method."""
+    from luthier.methods import find
+
+    kind = find(room, name)
+    settings = kind.model_json_schema()
+    return {"name": name, "room": room, "paper": kind.paper, "about": kind.__doc__, "settings": settings}
+
+
 @app.command(epilog="Examples: luthier methods --room merge | luthier methods lora")
 def methods(
     name: Annotated[str | None, typer.Argument(help="One method: its settings and source.")] = None,
@@ -169,29 +178,22 @@ def methods(
     rooms = {*catalogue.ROOMS, *(p.room for p in catalogue.catalogue())}
     if room is not None and room not in rooms:
         raise InputError(f"there is no room {room!r}", where="--room", fix=did_you_mean(room, rooms))
-    here = {n: r for r in catalogue.ROOMS for n in catalogue.table(r)}
+    here = [(r, n) for r in catalogue.ROOMS for n in catalogue.table(r) if room in (None, r)]
     papers = [p.model_dump() for p in catalogue.catalogue() if room in (None, p.room)]
-    if name in here:
-        kind = catalogue.find(here[name], name)
-        _show(
-            {
-                "name": name,
-                "room": here[name],
-                "paper": kind.paper,
-                "about": kind.__doc__,
-                "settings": kind.model_json_schema(),
-            }
-        )
+    found = [(r, n) for r, n in here if n == name]
+    if found:
+        about = [_about_method(r, n) for r, n in found]
+        _show(about[0] if len(about) == 1 else about)  # two rooms may use one name; --room tells which
         return
     if name is not None:
         papers = [p for p in papers if name in (p["name"], str(p["number"]))]
         if not papers:
-            known = [*here, *(p.name for p in catalogue.catalogue())]
+            known = [*(n for _, n in here), *(p.name for p in catalogue.catalogue())]
             raise InputError(f"there is no method {name!r}", fix=did_you_mean(name, known))
     rows = [{"paper": p.pop("number"), **p} for p in papers]
     listed = {row["name"] for row in rows}
-    for n, r in here.items():  # members of a study, and methods that are no paper's
-        if name is None and room in (None, r) and n not in listed:
+    for r, n in here:  # members of a study, and methods that are no paper's
+        if name is None and n not in listed:
             kind = catalogue.find(r, n)
             title = (kind.__doc__ or "").strip().partition("\n")[0].rstrip(".")
             rows.append({"paper": kind.paper, "name": n, "title": title, "room": r, "status": "ready"})
