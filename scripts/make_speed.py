@@ -1,4 +1,4 @@
-"""Write docs/speed.md from the recorded benchmarks (benchmarks/results: speed, profile, tuning_memory).
+"""Write docs/speed.md from the recorded benchmarks (benchmarks/results).
 
 python scripts/make_speed.py            write the page
 python scripts/make_speed.py --check    write nothing; exit 1 if the page is stale
@@ -25,8 +25,9 @@ run, each training in a process of its own. `make bench` runs it again (half an 
 
 The model is a Llama of 6 blocks, 256 wide; the rows have log-normal lengths (median 67, at most 480), 16 a step.
 In masked cases 75% of each row is prompt and the vocabulary has 49,152 entries. `trl` is TRL as it comes, with gradient
-checkpointing; `trl-packing` packs into its default of 1,024 tokens, so many packed rows a step as make about 16 rows;
-`trl-packing-8` takes its default of 8 packed rows, which are fewer and larger steps.
+checkpointing; `trl-packing` is that with packing switched on: 8 packed rows of 1,024 tokens a step, so fewer and larger
+steps; `trl-packing-rows` packs so many a step as make about 16 rows, and is the closest that TRL comes without
+checkpointing.
 """
 
 READING = """\
@@ -34,9 +35,15 @@ READING = """\
 
 Rows of like length share a step and a micro-batch, cut where that costs the fewest tokens, so there is hardly any
 padding and no attention mask; the head is computed only where a label is, in pieces whose logits are never all in
-memory; blocks are not computed twice unless gradient checkpointing is asked for. Packing here with equally many rows a
-step is the closest that TRL comes, and we do not reach the target against it: on a processor most of what is left is
-the matrix products themselves.
+memory; blocks are not computed twice unless gradient checkpointing is asked for; AdamW is one pass over the weights;
+and on a processor freed memory is kept for the next step instead of being fetched from the system page by page.
+"""
+
+MERGES = """\
+## Merges
+
+Three models and their base in bfloat16, of SmolLM2-135M's shape, merged by Luthier and by mergekit: whole commands,
+alternating in one run (`python benchmarks/merge_speed.py`). Peak memory is resident memory, mapped files included.
 """
 
 
@@ -67,7 +74,8 @@ def page() -> str:
         "## Where the time goes\n\n"
         f"Full tuning with every token labelled does {full['operations_per_second'] / 1e9:.0f} thousand million "
         f"operations that training cannot do without, per second: {shares} rate for float32 matrix products, "
-        f"measured in the same process. (The target was 65%.) The profile says where the rest goes:\n"
+        f"kept up for a second before and after in the same process. (The target is 65%.) The profile says where the "
+        f"rest goes:\n"
     )
     table = [f"| {group} | {share:.1%} |" for group, share in profile["shares"].items()]
     parts.append("\n".join(["| part | share of the time |", "| --- | ---: |", *table]) + "\n")
@@ -83,7 +91,36 @@ def page() -> str:
         "`python benchmarks/tuning_memory.py` measures it again.\n"
     )
     parts.append("\n".join(["| tuning | peak | of full | time |", "| --- | ---: | ---: | ---: |", *rows]) + "\n")
+    parts += merges()
     return "\n".join(parts)
+
+
+def merges() -> list[str]:
+    """The section on merges."""
+    record = json.loads((RESULTS / "merge_speed.json").read_text(encoding="utf-8"))
+    rows = ["| merge | speed | target | peak memory | target |", "| --- | ---: | ---: | ---: | ---: |"]
+    for case, row in record["cases"].items():
+        memory = f"{row['target_memory']:.2f}x" if row["target_memory"] else ""
+        rows.append(
+            f"| `{case}` | {row['speed_ratio']:.1f}x | {row['target_speed']:g}x | "
+            f"{row['memory_ratio']:.2f}x | {memory} |"
+        )
+    core = record["core"]
+    core_text = (
+        f"Inside a running process a linear merge takes {core['ratio']:.1f} times what reading its inputs and writing\n"
+        f"its output takes (limit {core['limit']:g}).\n"
+    )
+    large = json.loads((RESULTS / "merge_memory.json").read_text(encoding="utf-8"))
+    table = ["| merge | own memory beside imports | imports | seconds |", "| --- | ---: | ---: | ---: |"]
+    for method, row in large["merges"].items():
+        own, imports = row["own_bytes"] / 2**20, row["imports_bytes"] / 2**20
+        table.append(f"| `{method}` | {own:.0f} MiB | {imports:.0f} MiB | {row['seconds']:.0f} |")
+    way = next(iter(large["merges"].values()))["limit"]
+    large_text = (
+        f"Four checkpoints of {large['parameters'] / 1e9:.2f} thousand million parameters each, {way} of\n"
+        f"{large['limit_bytes'] / 1e9} GB (`python benchmarks/merge_memory.py`):\n"
+    )
+    return [MERGES, "\n".join(rows) + "\n", core_text, large_text, "\n".join(table) + "\n"]
 
 
 def main() -> int:

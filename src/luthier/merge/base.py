@@ -26,9 +26,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,12 +36,14 @@ from torch import Tensor, nn
 from luthier.findings import Finding
 from luthier.merge.knobs import Knob, value_of
 from luthier.methods import Method
+from luthier.weights.ahead import ahead
 from luthier.weights.depth import Depth, DepthOf
 
 if TYPE_CHECKING:
     from luthier.merge.lineup import Lineup
     from luthier.merge.sources import Source
 
+T = TypeVar("T")
 Reach = Literal["tile", "tensor", "model"]
 Data = Iterable[Any] | Mapping[str, Iterable[Any]]
 Score = float | Mapping[str, float]
@@ -102,6 +104,11 @@ class Tile:
         return math.prod(self.shape)
 
     @property
+    def elements(self) -> int:
+        """Elements of this tile."""
+        return next(rows.values for rows in (self._base, *self._models) if rows is not None).numel()
+
+    @property
     def count(self) -> int:
         """K, how many models besides the base."""
         return len(self._models)
@@ -140,13 +147,24 @@ class Tiles:
 
     Attributes:
         elements: of all tiles together.
+        concurrent: whether tiles may be computed on several threads at once.
     """
 
     elements: int
+    concurrent: bool
     _walk: Callable[[], Iterator[Tile]]
 
     def __call__(self) -> Iterator[Tile]:
         return self._walk()
+
+    def each(self, work: Callable[[Tile], T]) -> Iterator[T]:
+        """`work(tile)` for each tile in order, on all cores where the models allow it."""
+        return ahead(self(), work) if self.concurrent else map(work, self())
+
+    def numbers(self, of: Callable[[Tile], Tensor]) -> Iterator[tuple[int, Tensor | Callable[[], Tensor]]]:
+        """What `luthier.weights.ranks` walks over: each tile's place, and `of(tile)`, computed when it is wanted."""
+        for tile in self():
+            yield tile.place, partial(of, tile) if self.concurrent else of(tile)
 
 
 @dataclass(frozen=True)

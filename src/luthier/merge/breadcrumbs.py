@@ -91,7 +91,7 @@ class Breadcrumbs(Merge):
             return [(Cut(float("inf"), 0), Cut(float("inf"), 0))] * first.count
         if stop - start == first.size:
             return [(Cut(float("inf"), 0), Cut(float("-inf"), EVERY))] * first.count
-        cuts = top_cuts(lambda: ((tile.place, tile.deltas) for tile in tiles()), [start, stop], magnitudes=True)
+        cuts = top_cuts(lambda: tiles.numbers(lambda tile: tile.deltas), [start, stop], magnitudes=True)
         return [(above, within) for above, within in cuts]
 
     def combine(self, tile: Tile, found: Found | None) -> Merged:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,9 +18,12 @@ from luthier.errors import InputError
 from luthier.merge.base import Merge, Merged, Rows, Shape, Tile, Tiles
 from luthier.merge.depth import depth_of, region_of
 from luthier.merge.sources import Source, blocks_of, config_of, matrix_shape
+from luthier.weights.ahead import ahead
 from luthier.weights.depth import DepthOf
 from luthier.weights.hashing import tensor_hash
 from luthier.weights.info import NAMES, Info, some
+
+R = TypeVar("R")
 
 
 class Lineup:
@@ -69,6 +72,12 @@ class Lineup:
             self.places[name] = self.elements
             self.elements += self.infos[name].elements
 
+    @property
+    def concurrent(self) -> bool:
+        """Whether rows of all its sources may be computed on several threads at once."""
+        everyone = (source for source in (self.base, *self.models) if source is not None)
+        return all(getattr(source, "concurrent", False) for source in everyone)
+
     @cached_property
     def depth_of(self) -> DepthOf:
         """Depth of a tensor; the topology is only found when somebody asks, since it takes seconds."""
@@ -83,7 +92,7 @@ class Lineup:
         """Region of a tensor by name."""
         return region_of(self.frame.folder, self.names)
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         """What a pass over the base and all models reads."""
         everyone = [*([self.base] if self.base is not None else []), *self.models]
@@ -160,18 +169,24 @@ class Step:
             if not self.keep:
                 self._found.clear()
             elements = sum(self.lineup.infos[name].elements for name in names)
-            self._found[key] = self.method.survey(Tiles(elements, lambda: self.lineup.tiles(names)))
+            tiles = Tiles(elements, self.lineup.concurrent, lambda: self.lineup.tiles(names))
+            self._found[key] = self.method.survey(tiles)
         return self._found[key]
 
     def merged(self, name: str, start: int, stop: int) -> Merged:
         """The outcome for these rows, float32."""
         return self.method.combine(self.lineup.tile(name, start, stop), self.found_of(name))
 
-    def tiles(self, name: str) -> Iterator[tuple[Tile, Merged]]:
-        """All tiles of a tensor with their outcomes, as the last pass makes them."""
+    def each(self, name: str, work: Callable[[Tile, Merged], R]) -> Iterator[R]:
+        """`work` of each tile of a tensor and its outcome, in order; on all cores where the models allow it."""
         found = self.found_of(name)
-        for tile in self.lineup.tiles([name]):
-            yield tile, self.method.combine(tile, found)
+
+        def done(tile: Tile) -> R:
+            with torch.no_grad():
+                return work(tile, self.method.combine(tile, found))
+
+        tiles = self.lineup.tiles([name])
+        return ahead(tiles, done) if self.lineup.concurrent else map(done, tiles)
 
 
 class MergedSource:

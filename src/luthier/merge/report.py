@@ -4,15 +4,56 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from luthier.findings import Finding
 from luthier.merge.base import Merged, Tile
 from luthier.weights.depth import DepthOf
 
 FAR = 0.2  # norm of a difference over that of its base above which the base is probably not the model's own
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What is counted of one tile; without models where a merge does not say what it used.
+
+    Attributes:
+        kept: of each model, how many of its changes went in.
+        squares, base_square: squared norms of the differences and of the base.
+        shared: places that no model, one, or several have kept; None for a single model.
+        conflicts: places where kept changes have both signs.
+        about: what the merge says of the tensor.
+    """
+
+    kept: list[int]
+    squares: list[float]
+    base_square: float
+    shared: tuple[int, int, int] | None
+    conflicts: int
+    about: Mapping[str, Any]
+
+
+def counted(tile: Tile, merged: Merged) -> Counts:
+    """Count a tile and its outcome."""
+    if merged.used is None:
+        return Counts([], [], 0.0, None, 0, merged.about)
+    speaking = merged.used.ne(0).view(torch.uint8)
+    kept = [int(spoken.sum()) for spoken in speaking]
+    squares = [float(delta.norm()) ** 2 for delta in tile.deltas]
+    shared, conflicts = None, 0
+    if len(speaking) > 1:
+        voices = speaking[0].clone()
+        for spoken in speaking[1:]:
+            voices += spoken  # of at most 255 models
+        none, one = int((voices == 0).sum()), int((voices == 1).sum())
+        shared = none, one, voices.numel() - none - one
+        conflicts = int(((merged.used.amax(0) > 0) & (merged.used.amin(0) < 0)).sum())
+    return Counts(kept, squares, float(tile.base.norm()) ** 2, shared, conflicts, merged.about)
 
 
 class Counter:
@@ -23,27 +64,19 @@ class Counter:
         self.tensors: dict[str, dict[str, Any]] = {}
         self._squares = [0.0] * (len(models) + 1)  # of each model's difference, then of the base
 
-    def add(self, tile: Tile, merged: Merged) -> None:
-        """Count a tile; only what its merge says was used of each difference."""
+    def add(self, tile: Tile, counts: Counts) -> None:
+        """Add what was counted of a tile."""
         fresh = {"elements": tile.size, "kept": [0] * len(self.models), "squares": [0.0] * len(self.models)}
         about = self.tensors.setdefault(tile.name, fresh)
-        about["about"] = dict(merged.about)
-        if merged.used is None:
-            return
-        for number, used in enumerate(merged.used):
-            about["kept"][number] += int(used.count_nonzero())
-            square = float(tile.deltas[number].norm()) ** 2
+        about["about"] = dict(counts.about)
+        for number, (kept, square) in enumerate(zip(counts.kept, counts.squares, strict=True)):
+            about["kept"][number] += kept
             about["squares"][number] += square
             self._squares[number] += square
-        self._squares[-1] += float(tile.base.norm()) ** 2
-        if len(merged.used) > 1:
-            speaking = merged.used.count_nonzero(0)
-            shared = about.setdefault("shared", [0, 0, 0])
-            for number in range(2):
-                shared[number] += int((speaking == number).count_nonzero())
-            shared[2] += int((speaking > 1).count_nonzero())
-            opposed = (merged.used.amax(0) > 0) & (merged.used.amin(0) < 0)
-            about["conflicts"] = about.get("conflicts", 0) + int(opposed.count_nonzero())
+        self._squares[-1] += counts.base_square
+        if counts.shared is not None:
+            about["shared"] = [a + b for a, b in zip(about.get("shared", (0, 0, 0)), counts.shared, strict=True)]
+            about["conflicts"] = about.get("conflicts", 0) + counts.conflicts
 
     def findings(self) -> list[Finding]:
         """A warning for each model that lies far from the base."""

@@ -25,7 +25,7 @@ from luthier.errors import InputError
 from luthier.findings import Finding
 from luthier.merge.base import Data, Merge, Merged, Score, Tile, WholeModelMerge
 from luthier.merge.lineup import Lineup, Step
-from luthier.merge.report import Counter, draw
+from luthier.merge.report import Counter, Counts, counted, draw
 from luthier.merge.sources import Source, open_source
 from luthier.merge.vocabulary import same_vocabulary
 from luthier.methods import build
@@ -35,7 +35,7 @@ from luthier.weights.depth import DepthOf, depth_of_names
 from luthier.weights.writer import SHARD_BYTES, copy_others, refuse_filled, write_weights
 
 Say = Callable[[int, int], None]  # bytes read so far, of how many
-Look = Callable[[Tile, Merged], None]
+Look = Callable[[Tile, Counts], None]
 Vocabulary = Literal["refuse", "map"]
 
 
@@ -152,10 +152,10 @@ def write_step(
         done = lineup.bytes * method.passes
         say(done, total)
 
-    def look(tile: Tile, merged: Merged) -> None:
+    def look(tile: Tile, counts: Counts) -> None:
         nonlocal done
-        counter.add(tile, merged)
-        done += int(tile.models[0].numel() * lineup.bytes / max(lineup.elements, 1))
+        counter.add(tile, counts)
+        done += int(tile.elements * lineup.bytes / max(lineup.elements, 1))
         say(min(done, total), total)
 
     tensors: dict[str, Tensor] = {}
@@ -174,7 +174,8 @@ def write_step(
 
 
 def merged_tensors(step: Step, look: Look = lambda *_: None) -> dict[str, Tensor]:
-    """The outcome of a step in memory, in the types of its frame; `look` is called with every tile and its outcome."""
+    """The outcome of a step in memory, in the types of its frame; `look` is called with every tile and what
+    was counted of it."""
     return {
         name: torch.cat([piece.reshape(-1) for piece in _pieces(step, name, look)]).reshape(info.shape)
         for name, info in step.lineup.infos.items()
@@ -195,11 +196,15 @@ def _pieces(step: Step, name: str, look: Look) -> Iterator[Tensor]:
     if name not in lineup.places:
         yield lineup.frame.whole(name)
         return
-    with torch.no_grad():
-        for tile, merged in step.tiles(name):
-            _finite(tile, merged, lineup)
-            look(tile, merged)
-            yield merged.values.to(lineup.infos[name].dtype)
+    dtype = lineup.infos[name].dtype
+
+    def made(tile: Tile, merged: Merged) -> tuple[Tile, Counts, Tensor]:
+        _finite(tile, merged, lineup)
+        return tile, counted(tile, merged), merged.values.to(dtype)
+
+    for tile, counts, piece in step.each(name, made):
+        look(tile, counts)
+        yield piece
 
 
 def _findings(step: Step, counter: Counter) -> list[Finding]:

@@ -27,6 +27,7 @@ from luthier.models.checkpoint import read_json
 from luthier.weights import Delta, Weights, content_hash
 from luthier.weights.adapter import LowRankDelta, factors_of
 from luthier.weights.algebra import finite
+from luthier.weights.hashing import combined, tensor_hash
 from luthier.weights.info import Info, infos_of
 
 LET_GO = 2**24  # bytes of a mapped tensor that were read before their pages are let go
@@ -40,6 +41,8 @@ class Source(Protocol):
         label: what errors and reports call it.
         infos: type and shape of each tensor.
         folder: where its config and tokenizer are; None if there are none.
+
+    A source whose class sets `concurrent` may have the values of its rows computed on several threads at once.
     """
 
     label: str
@@ -113,6 +116,8 @@ def blocks_of(shape: tuple[int, ...], elements: int = TILE) -> Iterator[tuple[in
 class StoredSource:
     """Weights as they are stored."""
 
+    concurrent = True
+
     def __init__(self, tensors: Mapping[str, Tensor], label: str, folder: Path | None = None):
         self.tensors, self.label, self.folder = tensors, label, folder
         self.infos: Mapping[str, Info] = infos_of(tensors)
@@ -138,8 +143,14 @@ class StoredSource:
 
     def digest(self) -> str:
         if self._digest is None:  # a pass over all weights, and asked for again by each merge on trial
-            self._digest = content_hash(self.tensors)
+            self._digest = combined({name: self._hash(name) for name in self.tensors})
         return self._digest
+
+    def _hash(self, name: str) -> str:
+        found = tensor_hash(self.tensors[name])
+        if isinstance(self.tensors, Weights):
+            self.tensors.release(name)
+        return found
 
 
 class AdapterSource:

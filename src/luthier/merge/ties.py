@@ -81,8 +81,8 @@ class Ties(Merge):
         check_weights(self.weights, shape)
 
     def survey(self, tiles: Tiles) -> Found:
-        def walk() -> Iterator[tuple[int, Tensor]]:
-            return ((tile.place, tile.deltas) for tile in tiles())
+        def walk() -> Iterator[tuple[int, Any]]:
+            return tiles.numbers(lambda tile: tile.deltas)
 
         kept = int(tiles.elements * self.density)
         if self.trim == "reference":  # 1-based rank of the threshold among all magnitudes, ascending: elements - kept
@@ -93,7 +93,7 @@ class Ties(Merge):
             cuts = [Cut(float("-inf"), EVERY)] * next(iter(tiles())).count
         else:
             cuts = [row[0] for row in top_cuts(walk, [max(1, kept)], magnitudes=True)]
-        total = sum(balance(elect(self._trimmed(tile, cuts))) for tile in tiles())
+        total = sum(tiles.each(lambda tile: balance(elect(self._trimmed(tile, cuts)))))
         return Found(cuts, int(total > 0) - int(total < 0))
 
     def combine(self, tile: Tile, found: Found) -> Merged:

@@ -135,7 +135,7 @@ class Grid:
         if rows < 1:
             raise InputError("there is no training row to search on", where="data")
         own = phase.train.learning_rate or (
-            phase.tuning.default_learning_rate * phase.objective.learning_rate_scale  # type: ignore[attr-defined]
+            phase.tuning.default_learning_rate * phase.objective.needs().learning_rate_scale  # type: ignore[attr-defined]
         )
         found: dict[str, Candidate] = {}
         capped: dict[int, int] = {}

@@ -21,7 +21,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Walk = Callable[[], Iterable[tuple[int, Tensor]]]  # each call starts over: (place of the first element, (K, n) float32)
+from luthier.weights.ahead import ahead
+
+# Each call starts over: the place of the first element, and (K, n) float32, or what computes them on another thread.
+Stretch = tuple[int, Tensor | Callable[[], Tensor]]
+Walk = Callable[[], Iterable[Stretch]]
 _BINS = 1 << 16
 EVERY = 2**63 - 1  # a place behind all others
 
@@ -138,14 +142,18 @@ def _ranked(
     ranks = ranks_of(total)
     bins = [[int(torch.searchsorted(row, rank, right=True)) for rank in ranks] for row in cumulated]
     lower = {(row, b): torch.zeros(_BINS, dtype=torch.int64) for row in range(rows) for b in bins[row]}
-    for _, numbers in walk():
-        for row, values in enumerate(numbers):
+
+    def within_bins(item: Stretch) -> list[tuple[int, int, Tensor]]:
+        found = []
+        for row, values in enumerate(_numbers(item[1])):
             keys = _keys(values, magnitudes)
             high = keys >> 16
-            for b in set(bins[row]):
-                chosen = keys[high == b - _BINS // 2]
-                if len(chosen):
-                    lower[row, b] += torch.bincount(chosen.bitwise_and_(0xFFFF), minlength=_BINS)
+            found += [(row, b, keys[high == b - _BINS // 2].bitwise_and_(0xFFFF)) for b in set(bins[row])]
+        return found
+
+    for found in ahead(walk(), within_bins):
+        for row, b, low in found:
+            lower[row, b] += torch.bincount(low, minlength=_BINS) if len(low) else 0
     values = torch.empty(rows, len(ranks))
     above, equal = (torch.empty(rows, len(ranks), dtype=torch.int64) for _ in range(2))
     for row in range(rows):
@@ -153,25 +161,31 @@ def _ranked(
             b = bins[row][column]
             before = int(cumulated[row, b - 1]) if b else 0
             within = lower[row, b].cumsum(0)
-            found = int(torch.searchsorted(within, rank - before, right=True))
-            values[row, column] = _from_key(((b - _BINS // 2) << 16) | found)
-            above[row, column] = total - before - int(within[found])
-            equal[row, column] = int(lower[row, b][found])
+            at = int(torch.searchsorted(within, rank - before, right=True))
+            values[row, column] = _from_key(((b - _BINS // 2) << 16) | at)
+            above[row, column] = total - before - int(within[at])
+            equal[row, column] = int(lower[row, b][at])
     return values, above, equal, total
 
 
 def _upper(walk: Walk, magnitudes: bool) -> Tensor:
     """(rows, bins) int64 counts of the upper halves of the keys, the lowest first."""
+
+    def upper(item: Stretch) -> list[Tensor]:
+        found = []
+        for values in _numbers(item[1]):
+            keys = _keys(values, magnitudes).bitwise_right_shift_(16)
+            if not magnitudes:  # of which none is negative
+                keys.add_(_BINS // 2)
+            found.append(torch.bincount(keys, minlength=_BINS // 2 if magnitudes else _BINS))
+        return found
+
     counts: list[Tensor] = []
-    for _, numbers in walk():
-        for row, values in enumerate(numbers):
+    for found in ahead(walk(), upper):
+        for row, here in enumerate(found):
             if row == len(counts):
                 counts.append(torch.zeros(_BINS, dtype=torch.int64))
-            upper = _keys(values, magnitudes).bitwise_right_shift_(16)
-            if magnitudes:  # no key is negative
-                counts[row][_BINS // 2 :] += torch.bincount(upper, minlength=_BINS // 2)
-            else:
-                counts[row] += torch.bincount(upper.add_(_BINS // 2), minlength=_BINS)
+            counts[row][_BINS - len(here) :] += here
     if not counts or not int(counts[0].sum()):
         raise ValueError("there are no numbers to rank")
     return torch.stack(counts)
@@ -183,16 +197,28 @@ def _places(
     """For each key (row, column): the place behind the n-th number of the row that equals the value."""
     left = {key: ties for key, (_, ties) in wanted.items()}
     found: dict[tuple[int, int], int] = {}
-    for place, numbers in walk():
+
+    def equals(item: Stretch) -> tuple[int, dict[tuple[int, int], tuple[int, Tensor]]]:
+        place, numbers = item[0], _numbers(item[1])
+        here = {}
         for key in [k for k in wanted if k not in found]:
             values = numbers[key[0]].reshape(-1)
             equal = (values.abs() if magnitudes else values) == wanted[key][0]
-            here = int(equal.sum())
-            if here < left[key]:
-                left[key] -= here
+            here[key] = int(equal.sum()), equal
+        return place, here
+
+    for place, here in ahead(walk(), equals):
+        for key, (count, equal) in here.items():
+            if key in found:
                 continue
-            where = equal.nonzero()[left[key] - 1, 0]
-            found[key] = place + int(where) + 1
+            if count < left[key]:
+                left[key] -= count
+            else:
+                found[key] = place + int(equal.nonzero()[left[key] - 1, 0]) + 1
         if len(found) == len(wanted):
             break
     return found
+
+
+def _numbers(given: Tensor | Callable[[], Tensor]) -> Tensor:
+    return given if isinstance(given, Tensor) else given()

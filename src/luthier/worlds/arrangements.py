@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from luthier.data.roles import CHOSEN, PLAIN, REJECTED
 from luthier.worlds.parts import checked_count, checked_seed
 
 SYMBOLS, SHOWN = 8, 4
@@ -50,6 +51,7 @@ class AnswerRows:
     def __init__(self, rows: Sequence[tuple[Answer, Answer]], together: int = 1):
         self._rows = list(rows)
         self.row = np.arange(len(self._rows)) // together
+        self.role = np.array(([CHOSEN, REJECTED] if together == 2 else [PLAIN]) * (len(self._rows) // together))
         self.lengths = np.array([len(prompt) + len(answer) + 2 for prompt, answer in self._rows])
 
     def __len__(self) -> int:
