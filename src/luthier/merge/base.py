@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
@@ -49,13 +49,34 @@ Data = Iterable[Any] | Mapping[str, Iterable[Any]]
 Score = float | Mapping[str, float]
 
 
+class once:
+    """A property that is computed when it is first asked for, and kept.
+
+    Unlike `functools.cached_property`, which before Python 3.12 computes under one lock for all objects of a class, so
+    that tiles could neither be computed side by side nor inside of each other. Asked for on two threads at once, it may
+    be computed twice, to the same value.
+    """
+
+    def __init__(self, compute: Callable[[Any], Tensor]):
+        self._compute, self.__doc__ = compute, compute.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, owner: Any, kind: type | None = None) -> Tensor:
+        if owner is None:
+            return self  # type: ignore[return-value]
+        value = owner.__dict__[self._name] = self._compute(owner)
+        return value
+
+
 class Rows:
     """The same rows of one tensor in one model: `values` (rows, columns) float32, and their `delta` to the base."""
 
     def __init__(self, values: Callable[[], Tensor], change: Callable[[], Tensor] | None = None):
         self._values, self._change = values, change
 
-    @cached_property
+    @once
     def values(self) -> Tensor:
         return self._values()
 
@@ -113,18 +134,18 @@ class Tile:
         """K, how many models besides the base."""
         return len(self._models)
 
-    @cached_property
+    @once
     def base(self) -> Tensor:
         """(rows, columns) float32; of a merge without a base an error of the caller."""
         assert self._base is not None, "this merge has no base"
         return self._base.values
 
-    @cached_property
+    @once
     def models(self) -> Tensor:
         """(K, rows, columns) float32."""
         return torch.stack([rows.values for rows in self._models])
 
-    @cached_property
+    @once
     def deltas(self) -> Tensor:
         """(K, rows, columns) float32: models - base."""
         found = torch.empty(len(self._models), *self.base.shape)

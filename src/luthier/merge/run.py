@@ -29,6 +29,7 @@ from luthier.merge.report import Counter, Counts, counted, draw
 from luthier.merge.sources import Source, open_source
 from luthier.merge.vocabulary import same_vocabulary
 from luthier.methods import build
+from luthier.models.allocator import keep_freed_memory
 from luthier.models.files import write_aside
 from luthier.weights.algebra import finite
 from luthier.weights.depth import DepthOf, depth_of_names
@@ -85,6 +86,7 @@ def merge(
     Raises `InputError` for what does not fit together, with names; nothing stands at `out` then.
     """
     began = time.perf_counter()
+    keep_freed_memory()
     chosen = build("merge", method)
     if out is not None:
         refuse_filled(Path(out))

@@ -30,7 +30,6 @@ from luthier.weights.algebra import finite
 from luthier.weights.hashing import combined, tensor_hash
 from luthier.weights.info import Info, infos_of
 
-LET_GO = 2**24  # bytes of a mapped tensor that were read before their pages are let go
 TILE = 2**18  # elements of a tile, so that the tiles of a few models fit a cache; a longer row is a tile of its own
 
 
@@ -121,24 +120,16 @@ class StoredSource:
     def __init__(self, tensors: Mapping[str, Tensor], label: str, folder: Path | None = None):
         self.tensors, self.label, self.folder = tensors, label, folder
         self.infos: Mapping[str, Info] = infos_of(tensors)
-        self._last: tuple[str, Tensor] | None = None
-        self._read = 0  # bytes of the last tensor that were handed out and may be let go
         self._digest: str | None = None
 
     def whole(self, name: str) -> Tensor:
         return self.tensors[name]
 
     def rows(self, name: str, start: int, stop: int) -> Rows:
-        if self._last is None or self._last[0] != name:
-            if self._last is not None and isinstance(self.tensors, Weights):
-                self.tensors.release(self._last[0])
-            self._last, self._read = (name, as_matrix(self.tensors[name].detach())), 0
-        matrix = self._last[1]
-        before = start * matrix.shape[1] * matrix.element_size()
-        if isinstance(self.tensors, Weights) and before - self._read > LET_GO:
-            self.tensors.release(name, 0, before)
-            self._read = before
-        part = matrix[start:stop]
+        if isinstance(self.tensors, Weights):
+            weights, columns = self.tensors, matrix_shape(self.infos[name].shape)[1]
+            return Rows(lambda: weights.read(name, start * columns, stop * columns).view(-1, columns).float())
+        part = as_matrix(self.tensors[name].detach())[start:stop]
         return Rows(lambda: part.to("cpu", torch.float32))
 
     def digest(self) -> str:

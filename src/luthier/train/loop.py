@@ -33,10 +33,10 @@ from transformers import get_scheduler
 from luthier.data.batches import Step, at_least, plan_epoch
 from luthier.data.views import Examples, PairedExamples, View, view
 from luthier.errors import CrashError, GateError, InputError
+from luthier.models.allocator import keep_freed_memory
 from luthier.models.shards import gathered, let_go, whole
 from luthier.models.topology import Topology
 from luthier.objectives.base import Loss, Objective
-from luthier.train.allocator import keep_freed_memory
 from luthier.train.checkpoints import Checkpoints, flat_optimizer, restore_optimizer, restore_random_state
 from luthier.train.micro_batch import micro_batch
 from luthier.train.optimizers import inner, make_optimizer

@@ -15,8 +15,10 @@ mapped for reading only. Pages that were read count as resident until the system
 from __future__ import annotations
 
 import mmap
+import os
 import warnings
 from collections.abc import Iterator, Mapping
+from io import FileIO
 from pathlib import Path
 
 import torch
@@ -24,7 +26,7 @@ from torch import Tensor
 
 from luthier.errors import InputError
 from luthier.models.checkpoint import INDEX, SINGLE, read_header, read_json
-from luthier.weights.info import DTYPES, Info, some
+from luthier.weights.info import DTYPES, Info, raw, some
 
 ADAPTER = "adapter_model.safetensors"
 
@@ -45,6 +47,7 @@ class Weights(Mapping[str, Tensor]):
         self.path, self.files, self.infos, self.adapter = path, files, infos, adapter
         self._places = places  # of the first byte in its file
         self._mapped: dict[Path, mmap.mmap] = {}
+        self._opened: dict[Path, FileIO] = {}
 
     @classmethod
     def open(cls, path: Path | str) -> Weights:
@@ -79,6 +82,24 @@ class Weights(Mapping[str, Tensor]):
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             found = torch.frombuffer(self._map(name), dtype=info.dtype, count=info.elements, offset=self._places[name])
         return found.view(info.shape)
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements `start` to `stop` of a tensor in C order, (stop - start,), copied out of the file.
+
+        For going over everything once: nothing stays mapped, and threads may read at the same time.
+        """
+        info = self.infos[name]
+        found = torch.empty(stop - start, dtype=info.dtype)
+        file = self.files[name]
+        if file not in self._opened:
+            self._opened[file] = file.open("rb", buffering=0)
+        left, place = raw(found).numpy().data, self._places[name] + start * info.dtype.itemsize
+        while len(left):
+            count = os.preadv(self._opened[file].fileno(), [left], place)
+            if not count:
+                raise InputError("has become shorter while it was read", where=str(file))
+            left, place = left[count:], place + count
+        return found
 
     def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
         """Let the pages of a tensor's bytes `start` to `stop` go; they are read again when they are looked at again.

@@ -1,10 +1,10 @@
-"""Keep the memory that a training step frees, so that the next step does not fetch it page by page again.
+"""Keep the memory that a step frees, so that the next step does not fetch it page by page again.
 
 glibc hands large blocks back to the system as soon as they are freed (`free` of a mapped block unmaps it, and the top
-of the heap is trimmed). A training step frees all its activations, so the next one faults every page in anew: on two
-cores a tenth of the time of small steps. `keep_freed_memory` asks glibc to keep blocks of up to 1 GiB for reuse. The
-peak hardly grows, since activations of one step have the sizes of the step before; what is kept is given back when the
-process ends.
+of the heap is trimmed). A training step frees all its activations, and a merge all tensors of a tile, so the next one
+faults every page in anew: on two cores a tenth of the time of small steps. `keep_freed_memory` asks glibc to keep
+blocks of up to 1 GiB for reuse. The peak hardly grows, since one step asks for the sizes of the step before; what is
+kept is given back when the process ends.
 
 Other C libraries (musl, macOS, Windows) and other allocators (jemalloc, tcmalloc) have their own rules and are left
 alone. On a GPU torch's own caching allocator does the same.
