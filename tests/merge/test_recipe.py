@@ -177,6 +177,7 @@ print(peak - start)
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_does_not_grow_with_the_model(tmp_path):
-    """480 MB of weights in three models, thresholds over all of them, within 100 MB of the process's own."""
+    """480 MB of weights in three models, thresholds over all of them. About six tiles are under way on two cores, each
+    with a dozen tensors of 1 MiB; threads have heaps of their own."""
     done = subprocess.run([sys.executable, "-c", CHILD, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 100 * 2**20
+    assert int(done.stdout) < 200 * 2**20

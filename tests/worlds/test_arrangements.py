@@ -51,7 +51,7 @@ def test_prompts_are_apart_and_small_sets_lie_in_large_ones():
 
 def test_pairs_are_what_the_loop_takes():
     paired = PairedExamples(Arrangements(0).pairs(30))
-    assert len(paired) == 30 and paired.identical == 0
+    assert len(paired) == 30 and paired.left_out == 0
     chosen, rejected = paired[0]
     for side in (chosen, rejected):
         assert side["input_ids"][SHOWN] == SEPARATOR and side["input_ids"][-1] == END

@@ -14,7 +14,7 @@ import torch
 
 T = TypeVar("T")
 R = TypeVar("R")
-WAITING = 3  # results for each thread that may wait to be taken
+WAITING = 2  # results for each thread that may wait to be taken
 _worker = threading.local()
 
 
