@@ -41,6 +41,7 @@ TRL = {
     "trl-no-checkpointing": ("", False),
     "trl-packing": ("default", True),
     "trl-packing-rows": ("rows", True),
+    "trl-packing-no-checkpointing": ("default", False),
     "trl-packing-rows-no-checkpointing": ("rows", False),
 }
 
