@@ -61,7 +61,7 @@ def test_exactly_so_many_blocks_move_and_change_only_between_periods(state, tied
 
     def watch(step):
         active = active_blocks(tuned.model)
-        assert active == tuned.active() and len(active) == 2
+        assert active == tuned.active and len(active) == 2
         assert tuned.model.model.embed_tokens.weight.requires_grad and tuned.model.lm_head.weight.requires_grad
         resting = [block for i, block in enumerate(tuned.model.model.layers) if i not in active]
         assert not any(p.requires_grad or p.grad is not None for block in resting for p in block.parameters())
@@ -80,7 +80,7 @@ def test_a_resting_block_stays_to_the_last_bit():
         run(tuned, 2, optimizer, first=2 * period)
         for name, value in weights(tuned.model).items():
             block = Topology.of(tuned.model).region(name)[1]
-            if block is not None and block not in tuned.active():
+            if block is not None and block not in tuned.active:
                 assert torch.equal(value, before[name])
 
 
@@ -170,7 +170,7 @@ def test_both_stacks_of_an_encoder_decoder_are_drawn_from():
     shape = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2, "vocab_size": 32}
     model = T5ForConditionalGeneration(T5Config(num_layers=2, num_decoder_layers=3, decoder_start_token_id=0, **shape))
     tuned = Lisa(active_layers=5).attach(model, Probe(Topology.of(model)))
-    assert len(tuned.blocks) == 5 and all(tuned.blocks)
+    assert len(tuned.units) == 5 and all(unit.names for unit in tuned.units)
 
 
 @pytest.mark.parametrize(

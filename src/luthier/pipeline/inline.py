@@ -23,7 +23,8 @@ from luthier.methods import build
 from luthier.models.topology import Topology
 from luthier.objectives import objective_of
 from luthier.train import Loop, StepRecord, TrainSettings
-from luthier.tune import Probe, Tuned
+from luthier.train.probing import probe_of
+from luthier.tune import Tuned
 
 
 def fit(
@@ -58,7 +59,9 @@ def fit(
         if bad:
             raise InputError(bad[0].message, where="rows")
         torch.manual_seed(seed)
-        tuned = build("tune", tuning).attach(model, Probe(Topology.of(model), seed))  # type: ignore[attr-defined]
-        loop = Loop(tuned, objective_of(objective), settings, encoded, directory=directory, seed=seed)  # type: ignore[arg-type]
+        aim = objective_of(objective)
+        probe = probe_of(Topology.of(model), aim, settings, encoded, seed=seed)  # type: ignore[arg-type]
+        tuned = build("tune", tuning).attach(model, probe)  # type: ignore[attr-defined]
+        loop = Loop(tuned, aim, settings, encoded, directory=directory, seed=seed)  # type: ignore[arg-type]
         records = loop.run()
     return tuned, records

@@ -107,7 +107,4 @@ def plan(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[st
 
 def _moving(tuning: Any, topology: Topology, model: Any) -> int:
     """How many numbers would move: counted on the model without weights."""
-    from luthier.tune.base import Probe
-
-    tuned = tuning.attach(model, Probe(topology))
-    return sum(p.numel() for p in tuned.moving().values())
+    return tuning.planned(model, topology)

@@ -13,7 +13,8 @@ from luthier.methods import build
 from luthier.models.topology import Topology
 from luthier.objectives import Sft
 from luthier.train import Loop, TrainSettings
-from luthier.tune import Probe, Tuned
+from luthier.train.probing import probe_of
+from luthier.tune import Tuned
 from luthier.worlds.facts import Facts
 
 
@@ -33,7 +34,6 @@ def teach(
     """
     torch.manual_seed(seed)
     model = copy.deepcopy(base)
-    tuned: Tuned = build("tune", tuning).attach(model, Probe(Topology.of(model), seed))  # type: ignore[attr-defined]
     settings = TrainSettings(
         learning_rate=learning_rate,
         max_steps=steps,
@@ -41,6 +41,9 @@ def teach(
         lr_scheduler_type="constant",
         warmup_steps=0,
     )
-    loop = Loop(tuned, Sft(), settings, world.examples(relations), seed=seed, device="cpu")
+    rows = world.examples(relations)
+    probe = probe_of(Topology.of(model), Sft(), settings, rows, seed=seed)
+    tuned: Tuned = build("tune", tuning).attach(model, probe)  # type: ignore[attr-defined]
+    loop = Loop(tuned, Sft(), settings, rows, seed=seed, device="cpu")
     loop.run()
     return tuned.model.eval(), loop

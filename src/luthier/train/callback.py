@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from luthier.train.optimizers import inner
 from luthier.tune.base import Tuned
 
 
@@ -27,7 +28,7 @@ class TuningCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         steps = math.ceil(state.max_steps / max(1, math.ceil(state.num_train_epochs)))
-        self.tuned.on_phase_begin(kwargs["optimizer"], max(1, steps))
+        self.tuned.on_phase_begin(inner(kwargs["optimizer"]), max(1, steps), state.max_steps)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -38,6 +39,7 @@ class TuningCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.tuned.on_grad(state.global_step)
+        self.tuned.on_clipped(state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.tuned.on_step_end(state.global_step - 1)

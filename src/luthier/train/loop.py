@@ -28,7 +28,6 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import get_scheduler
 
 from luthier.data.batches import Step, at_least, plan_epoch
 from luthier.data.views import Examples, PairedExamples, View, view
@@ -39,7 +38,7 @@ from luthier.models.topology import Topology
 from luthier.objectives.base import Loss, Objective
 from luthier.train.checkpoints import Checkpoints, flat_optimizer, restore_optimizer, restore_random_state
 from luthier.train.micro_batch import micro_batch
-from luthier.train.optimizers import inner, make_optimizer
+from luthier.train.optimizers import inner, make_optimizer, make_schedule
 from luthier.train.ranks import on_cpu
 from luthier.train.records import StepRecord, append_record, cut_records
 from luthier.train.reference import Reference, cache, without_dropout
@@ -118,17 +117,15 @@ class Loop:
         default_rate = tuned.settings.default_learning_rate * self.needs.learning_rate_scale
         self.learning_rate = settings.learning_rate or default_rate
         # Together, so that FSDP2 can exchange the optimiser's parameters for their shards.
-        self.model, self.optimizer = self.accelerator.prepare(
-            tuned.model, make_optimizer(tuned, settings, self.learning_rate)
-        )
-        tuned.on_phase_begin(inner(self.optimizer), self.steps_per_epoch)
-        warmup = settings.warmup_steps
-        if warmup is None:
-            warmup = math.ceil(settings.warmup_ratio * self.total)
+        optimizer = make_optimizer(tuned, settings, self.learning_rate)
+        if tuned.averages:
+            self.model = self.accelerator.prepare_model(tuned.model, evaluation_mode=True)
+            self.optimizer = self.accelerator.prepare_optimizer(optimizer)
+        else:
+            self.model, self.optimizer = self.accelerator.prepare(tuned.model, optimizer)
+        tuned.on_phase_begin(inner(self.optimizer), self.steps_per_epoch, self.total)
         # The schedule counts optimiser steps itself; handed to accelerate it would count devices too.
-        self.schedule = get_scheduler(
-            settings.lr_scheduler_type, inner(self.optimizer), num_warmup_steps=warmup, num_training_steps=self.total
-        )
+        self.schedule = make_schedule(inner(self.optimizer), settings, tuned.segments(self.total))
         self.checkpoints = Checkpoints(directory / "checkpoints", settings.save_total_limit) if directory else None
         self.done = 0
         self.best: float | None = None
@@ -247,6 +244,7 @@ class Loop:
             raise NotFinite(
                 f"the loss is {mean} and the gradient norm {norm} at step {self.done + 1}; try a lower learning rate."
             )
+        self.tuned.on_clipped(self.done)
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -6,7 +6,9 @@ One optimiser step of the loop, seen from here:
     tuned.on_step_begin(step)      what moves in this step may still be changed (layer sampling)
     ... forward and backward of all micro-batches ...
     tuned.on_grad(step)            gradients are whole, not yet clipped (masks act here)
-    ... clip, optimiser.step ...
+    ... clip ...
+    tuned.on_clipped(step)         gradients are clipped (penalties of the tuning's own are added here)
+    ... optimiser.step ...
     tuned.on_step_end(step)        weights have moved (projections, re-selection)
     tuned.on_phase_end()           once, after the last step
 
@@ -40,12 +42,16 @@ class Probe:
     Attributes:
         topology: where blocks, linears, embeddings and head are in the model.
         seed: for every random choice of the tuning.
-        batches: a few collated batches of the run's own data, for tunings that look at activations or gradients.
+        batches: each call goes through a few collated batches of the run's own data, the same on every device, for
+            tunings that look at activations or gradients.
+        loss: (model, batch) -> scalar mean loss with gradient, of the run's own objective. Both are None where there
+            are no data to look at, or where the objective compares with a reference that is not known yet.
     """
 
     topology: Topology
     seed: int = 0
     batches: Batches | None = None
+    loss: Callable[[nn.Module, dict[str, Tensor]], Tensor] | None = None
 
 
 class Tuning(Method):
@@ -58,15 +64,22 @@ class Tuning(Method):
         """Prepare `model` (changed in place: wrapped, frozen) and return what the loop drives."""
         raise NotImplementedError
 
+    def planned(self, model: nn.Module, topology: Topology) -> int:
+        """How many numbers will move at most, told from a model without weights (on the `meta` device)."""
+        return sum(p.numel() for p in self.attach(model, Probe(topology)).moving().values())
+
 
 class Tuned:
     """A model with a tuning attached. The defaults here are those of a tuning that moves plain parameters.
 
     Attributes:
         switches: whether other parameters have gradients in other steps (distributed wrappers must know).
+        averages: whether `on_grad` itself averages gradients over processes, so that no wrapper is needed: for
+            parameters that change their size.
     """
 
     switches: ClassVar[bool] = False
+    averages: ClassVar[bool] = False
 
     def __init__(self, settings: Tuning, model: nn.Module, base_model: nn.Module):
         self.settings = settings
@@ -86,6 +99,10 @@ class Tuned:
         moving = self.moving()
         return {name: p for name, p in self.model.named_parameters() if name not in moving}
 
+    def elements(self) -> int:
+        """How many numbers the model has, moving or not; tied weights once."""
+        return sum(p.numel() for p in self.moving().values()) + sum(p.numel() for p in self.frozen().values())
+
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Groups for an optimiser: weight decay acts on matrices, not on vectors (norms, biases)."""
         moving = list(self.moving().values())
@@ -95,14 +112,25 @@ class Tuned:
 
     # Hooks of the loop
 
-    def on_phase_begin(self, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> None:
-        """Before the first step, and before a checkpoint is read: the optimiser that will step `moving()`."""
+    def on_phase_begin(self, optimizer: torch.optim.Optimizer, steps_per_epoch: int, steps: int | None = None) -> None:
+        """Before the first step, and before a checkpoint is read: the optimiser that will step `moving()`.
+
+        Args:
+            steps: optimiser steps of the whole phase; None where they are not known.
+        """
+
+    def segments(self, steps: int) -> list[int]:
+        """Lengths of the parts of a phase of `steps` that each have a rise and a decay of the rate of their own."""
+        return [steps]
 
     def on_step_begin(self, step: int) -> None:
         """Before the first micro-batch of optimiser step `step`."""
 
     def on_grad(self, step: int) -> None:
         """After the last backward of the step, before clipping."""
+
+    def on_clipped(self, step: int) -> None:
+        """After clipping and before the optimiser steps: what is added to gradients here is not clipped."""
 
     def on_step_end(self, step: int) -> None:
         """After the optimiser has stepped."""
@@ -150,5 +178,4 @@ class Tuned:
 
 def share_that_moves(tuned: Tuned) -> tuple[int, int]:
     """(numbers that may move, numbers in the model), tied weights counted once."""
-    moving = sum(p.numel() for p in tuned.moving().values())
-    return moving, moving + sum(p.numel() for p in tuned.frozen().values())
+    return sum(p.numel() for p in tuned.moving().values()), tuned.elements()

@@ -20,8 +20,7 @@ their sizes: with grouped queries and a moving embedding, half of the units is n
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -31,14 +30,16 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from luthier.models.topology import Block, Topology
-from luthier.tune.base import Probe, Tuned, Tuning
-from luthier.tune.whole import Switching, WholeModel, forget, outside_blocks, refuse_wrapped
+from luthier.tune.base import Probe
+from luthier.tune.selector.slots import EveryEpoch, Once, Slots, View
+from luthier.tune.selector.tensors import Draw, SelectsTensors, TensorSelection, TensorsTuned, Unit
+from luthier.tune.whole import outside_blocks
 
 Granularity = Literal["category", "layer", "model"]
-Unit = frozenset[str]  # names of parameters that stay or move together
+Names = frozenset[str]  # of the parameters of a unit
 
 
-class Hft(Tuning):
+class Hft(SelectsTensors):
     """Half fine-tuning.
 
     Attributes:
@@ -62,53 +63,78 @@ class Hft(Tuning):
     train_norms: Literal["half", "all", "none"] = "half"
     seed: int = Field(default=0, ge=0)
 
-    def attach(self, model: nn.Module, probe: Probe) -> Tuned:
-        refuse_wrapped(self.method, model)
-        blocks = block_units(probe.topology)
-        if self.train_norms != "half":
-            blocks = [{kind: units for kind, units in block.items() if kind != "norm"} for block in blocks]
-        sizes = {name: p.numel() for name, p in model.named_parameters() if p.is_floating_point()}
-        inside = {n for n in probe.topology.parameters() if probe.topology.region(n)[1] is not None}
-        if self.train_norms == "none":
-            inside -= {n for n in inside if probe.topology.region(n)[0] == "norm"}
-        outside = outside_blocks(
-            model, probe.topology, train_embeddings=self.train_embeddings, train_lm_head=self.train_lm_head
+    def slots(self) -> Slots:
+        return Slots(
+            scope=Halves(self.train_embeddings, self.train_lm_head, self.train_norms),
+            score=Draw(self.seed),
+            choose=Counted(self.density, self.granularity),
+            competition="group",
+            granularity="tensor",
+            schedule=EveryEpoch() if self.redraw == "epoch" else Once(),
+            apply="requires_grad",
+            on_reselect="reset",
         )
-        candidates = (inside | outside) & sizes.keys()
 
-        def select(epoch: int) -> Selection:
-            random = np.random.default_rng([probe.seed, self.seed, epoch])
-            trained = candidates - draw_frozen(blocks, self.density, self.granularity, random, sizes)
-            every = [name for name, _ in model.named_parameters()]
-            return Selection(
-                tuple(n for n in every if n in trained), tuple(n for n in every if n not in trained), self.density
-            )
-
-        if self.redraw == "epoch":
-            return HftRedrawn(self, model, candidates, select)
-        return HftTuned(self, model, select(0))
+    def attach(self, model: nn.Module, probe: Probe) -> HftTuned:
+        return HftTuned(self, model, probe, self.slots())
 
 
 @dataclass(frozen=True)
-class Selection:
-    """Names of the parameters that move and that stay, and the share of units that was asked for."""
+class Halves:
+    """The units of all blocks by kind; what lies outside always moves, and so do routers."""
 
-    trained: tuple[str, ...]
-    frozen: tuple[str, ...]
+    train_embeddings: bool = True
+    train_lm_head: bool = True
+    train_norms: Literal["half", "all", "none"] = "half"
+
+    def units(self, model: nn.Module, topology: Topology) -> list[Unit]:
+        blocks = enumerate(block_units(topology))
+        found = [Unit(names, kind, at) for at, kinds in blocks for kind, of in kinds.items() for names in of]
+        found = [Unit(frozenset(n for n in u.names if n in self._may(model)), u.kind, u.block) for u in found]
+        return [unit for unit in found if self.train_norms == "half" or unit.kind != "norm"]
+
+    def always(self, model: nn.Module, topology: Topology) -> set[str]:
+        inside = {n for n in topology.parameters() if topology.region(n)[1] is not None} & self._may(model)
+        if self.train_norms == "none":
+            inside -= {n for n in inside if topology.region(n)[0] == "norm"}
+        outside = outside_blocks(
+            model, topology, train_embeddings=self.train_embeddings, train_lm_head=self.train_lm_head
+        )
+        return (inside | outside).difference(*(unit.names for unit in self.units(model, topology)))
+
+    def _may(self, model: nn.Module) -> set[str]:
+        return {name for name, p in model.named_parameters() if p.is_floating_point()}
+
+    def __str__(self) -> str:
+        return "tensors of the layers (what lies outside always moves)"
+
+
+@dataclass(frozen=True)
+class Counted:
+    """The exact counts that the header of this file gives."""
+
     density: float
+    granularity: Granularity = "category"
 
-    def write(self, path: Path) -> None:
-        counts = {"trained": len(self.trained), "frozen": len(self.frozen)}
-        whole = {"density": self.density, "counts": counts, "trained": self.trained, "frozen": self.frozen}
-        path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    def units(self, view: View, units: Sequence[Unit], score: Draw) -> set[int]:
+        blocks: list[dict[str, list[frozenset[str]]]] = [{} for _ in view.topology.blocks]
+        for unit in units:
+            assert unit.block is not None
+            blocks[unit.block].setdefault(unit.kind, []).append(unit.names)
+        sizes = {name: p.numel() for name, p in view.model.named_parameters()}
+        frozen = draw_frozen(blocks, self.density, self.granularity, score.generator(view), sizes)
+        return {index for index, unit in enumerate(units) if not unit.names <= frozen}
+
+    def __str__(self) -> str:
+        return f"exact count (share {self.density:g})"
 
 
-def block_units(topology: Topology) -> list[dict[str, tuple[Unit, ...]]]:
+def block_units(topology: Topology) -> list[dict[str, tuple[Names, ...]]]:
     """The units of each block by kind: attention, feed_forward, expert, norm."""
     found = []
     for block in topology.blocks:
         names = topology.parameters(block=block.index)
-        units: dict[str, tuple[Unit, ...]] = {}
+        units: dict[str, tuple[Names, ...]] = {}
         for kind, groups in _kinds(block).items():
             filled = [frozenset(n for n in names if any(_below(n, root) for root in group)) for group in groups]
             units[kind] = tuple(unit for unit in filled if unit)
@@ -117,7 +143,7 @@ def block_units(topology: Topology) -> list[dict[str, tuple[Unit, ...]]]:
 
 
 def draw_frozen(
-    blocks: Sequence[Mapping[str, Sequence[Unit]]],
+    blocks: Sequence[Mapping[str, Sequence[Names]]],
     density: float,
     granularity: Granularity,
     random: np.random.Generator,
@@ -141,7 +167,7 @@ def draw_frozen(
                 break
             frozen |= everything[index]
         return frozen
-    categories: dict[tuple[str, int], list[Sequence[Unit]]] = {}
+    categories: dict[tuple[str, int], list[Sequence[Names]]] = {}
     for block in blocks:
         for kind, units in block.items():
             categories.setdefault((kind, len(units)), []).append(units)
@@ -154,7 +180,9 @@ def draw_frozen(
     }
 
 
-def half_reset(finetuned: Mapping[str, Tensor], base: Mapping[str, Tensor], selection: Selection) -> dict[str, Tensor]:
+def half_reset(
+    finetuned: Mapping[str, Tensor], base: Mapping[str, Tensor], selection: TensorSelection
+) -> dict[str, Tensor]:
     """The fine-tuned values of what moved and the base's of all else: M theta_ft + (1 - M) theta_base, by reference.
 
     The paper's pilot study: applied to a tuned model, it recovers what the base knew. Names as in `finetuned`.
@@ -163,37 +191,8 @@ def half_reset(finetuned: Mapping[str, Tensor], base: Mapping[str, Tensor], sele
     return {name: tensor if name in trained else base[name] for name, tensor in finetuned.items()}
 
 
-class HftTuned(WholeModel):
-    """One draw for the whole phase; the frozen half has no gradient and no place in the optimiser."""
-
-    def __init__(self, settings: Hft, model: nn.Module, selection: Selection):
-        trained = set(selection.trained)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in trained)
-        self.selection = selection
-        super().__init__(settings, model, model)
-
-    def save(self, directory: Path) -> str:
-        self.selection.write(directory / "selection.json")
-        return super().save(directory)
-
-
-class HftRedrawn(Switching):
-    """A draw for each epoch; moments of units that leave are dropped, those that enter start from zero."""
-
-    def __init__(self, settings: Hft, model: nn.Module, candidates: set[str], select: Callable[[int], Selection]):
-        self.select, self.epoch, self.selection = select, -1, select(0)
-        super().__init__(settings, model, candidates)
-
-    def on_step_begin(self, step: int) -> None:
-        epoch, inside = divmod(step, self.steps_per_epoch)
-        if epoch == self.epoch:
-            return
-        self.epoch, self.selection = epoch, self.select(epoch)
-        trained = set(self.selection.trained)
-        self.switch(trained)
-        if not inside:
-            forget(self.optimizer, [p for name, p in self.moving().items() if name not in trained])
+class HftTuned(TensorsTuned):
+    """The frozen half has no gradient; with `redraw: stage` it has no place in the optimiser either."""
 
     def save(self, directory: Path) -> str:
         self.selection.write(directory / "selection.json")

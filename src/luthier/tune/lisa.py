@@ -21,6 +21,8 @@ probabilities), `state`, and that all blocks of an encoder-decoder model form on
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -28,11 +30,14 @@ from pydantic import Field
 from torch import nn
 
 from luthier.errors import InputError
-from luthier.tune.base import Probe, Tuned, Tuning
-from luthier.tune.whole import Switching, forget, move_memory, outside_blocks, refuse_wrapped
+from luthier.models.topology import Topology
+from luthier.tune.base import Probe, Tuned
+from luthier.tune.selector.slots import Every, Slots, View
+from luthier.tune.selector.tensors import Draw, SelectsTensors, Unit
+from luthier.tune.whole import outside_blocks
 
 
-class Lisa(Tuning):
+class Lisa(SelectsTensors):
     """Layerwise importance sampling.
 
     Attributes:
@@ -56,8 +61,19 @@ class Lisa(Tuning):
     train_lm_head: bool = True
     seed: int = Field(default=0, ge=0)
 
+    def slots(self) -> Slots:
+        return Slots(
+            scope=Blocks(self.train_embeddings, self.train_lm_head),
+            score=Draw(self.seed, self.weights),
+            choose=Exactly(self.active_layers),
+            competition="global",
+            granularity="block",
+            schedule=Every(self.interval),
+            apply="requires_grad",
+            on_reselect=self.state,
+        )
+
     def attach(self, model: nn.Module, probe: Probe) -> Tuned:
-        refuse_wrapped(self.method, model)
         count = len(probe.topology.blocks)
         if self.active_layers > count:
             raise InputError(
@@ -70,12 +86,44 @@ class Lisa(Tuning):
                     f"weights must be {count} numbers of at least 0, {self.active_layers} of them above",
                     where="tune.weights",
                 )
-        blocks = [set(probe.topology.parameters(block=index)) for index in range(count)]
-        blocks = [{n for n in names if model.get_parameter(n).is_floating_point()} for names in blocks]
-        always = outside_blocks(
-            model, probe.topology, train_embeddings=self.train_embeddings, train_lm_head=self.train_lm_head
-        )
-        return LisaTuned(self, model, always, blocks, probe.seed)
+        return super().attach(model, probe)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks are the units; what lies outside of them always moves, as far as the two settings say."""
+
+    train_embeddings: bool = True
+    train_lm_head: bool = True
+
+    def units(self, model: nn.Module, topology: Topology) -> list[Unit]:
+        return [
+            Unit(
+                frozenset(n for n in topology.parameters(block=i) if model.get_parameter(n).is_floating_point()),
+                "block",
+                i,
+            )
+            for i in range(len(topology.blocks))
+        ]
+
+    def always(self, model: nn.Module, topology: Topology) -> set[str]:
+        return outside_blocks(model, topology, train_embeddings=self.train_embeddings, train_lm_head=self.train_lm_head)
+
+    def __str__(self) -> str:
+        return "layer blocks (everything outside always moves)"
+
+
+@dataclass(frozen=True)
+class Exactly:
+    """So many of the units, drawn."""
+
+    count: int
+
+    def units(self, view: View, units: Sequence[Unit], score: Draw) -> set[int]:
+        return set(draw(len(units), self.count, score.seeds(view), score.weights))
+
+    def __str__(self) -> str:
+        return f"exactly {self.count}"
 
 
 def draw(count: int, active: int, seed: tuple[int, ...], weights: tuple[float, ...] | None = None) -> list[int]:
@@ -90,39 +138,3 @@ def draw(count: int, active: int, seed: tuple[int, ...], weights: tuple[float, .
         drawn.append(index)
         left[index] = 0.0
     return sorted(drawn)
-
-
-class LisaTuned(Switching):
-    """See `Lisa`; `active()` tells the blocks that move now."""
-
-    settings: Lisa
-
-    def __init__(self, settings: Lisa, model: nn.Module, always: set[str], blocks: list[set[str]], seed: int):
-        self.always, self.blocks, self.seed = always, blocks, seed
-        self.period: int | None = None
-        self._active: list[int] = []
-        super().__init__(settings, model, always.union(*blocks))
-
-    def active(self) -> list[int]:
-        """Numbers of the blocks that move in this period; empty before the first step."""
-        return list(self._active)
-
-    def on_step_begin(self, step: int) -> None:
-        settings = self.settings
-        period, inside = divmod(step, settings.interval)
-        if period == self.period:
-            return
-        seed = (self.seed, settings.seed, period)
-        self._active = draw(len(self.blocks), settings.active_layers, seed, settings.weights)
-        self.period = period
-        chosen = set[str]().union(*(self.blocks[index] for index in self._active))
-        self.switch(self.always | chosen)
-        if inside:  # resumed in the middle of a period: the checkpoint's moments are those of this draw
-            return
-        parameters = self.moving()
-        rests = [p for name, p in parameters.items() if name not in self.always and name not in chosen]
-        if settings.state == "drop":
-            forget(self.optimizer, [p for name, p in parameters.items() if name not in self.always])
-        elif settings.state == "offload":
-            move_memory(self.optimizer, rests, away=True)
-            move_memory(self.optimizer, [parameters[name] for name in chosen], away=False)

@@ -46,7 +46,7 @@ class Switching(WholeModel):
     def moving(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if name in self.candidates}
 
-    def on_phase_begin(self, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> None:
+    def on_phase_begin(self, optimizer: torch.optim.Optimizer, steps_per_epoch: int, steps: int | None = None) -> None:
         if is_sharded(self.model.parameters()):
             raise InputError(
                 f"tune.method {self.settings.method!r} changes what moves between steps, which FSDP cannot follow",
@@ -66,6 +66,17 @@ def refuse_wrapped(method: str, model: nn.Module) -> None:
     """These tunings move a model's own weights; under an adapter they would move both or neither."""
     if hasattr(model, "peft_config"):
         raise InputError(f"tune.method {method!r} takes a plain model, not one with an adapter", fix="merge it first")
+
+
+def refuse_quantised(method: str, model: nn.Module, names: Iterable[str]) -> None:
+    """Entries of packed or scaled weights cannot be stepped one by one."""
+    for name in names:
+        weight = model.get_parameter(name)
+        if not weight.is_floating_point() or weight.element_size() < 2 or hasattr(weight, "quant_state"):
+            raise InputError(
+                f"tune.method {method!r} steps single weights, and {name} is quantised ({weight.dtype})",
+                fix="load the model unquantised, or take lora",
+            )
 
 
 def outside_blocks(

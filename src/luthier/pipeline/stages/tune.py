@@ -38,7 +38,8 @@ from luthier.pipeline.search_grid import Grid, batch_capped
 from luthier.pipeline.stage import Context, Outcome, Stage, code_version, digest, write_json
 from luthier.pipeline.stages.model import load_base, pad_id
 from luthier.train import Loop
-from luthier.tune import Probe, Tuned
+from luthier.train.probing import probe_of
+from luthier.tune import Tuned
 from luthier.tune.base import share_that_moves
 
 KEY = "key.json"  # of a phase, beside its metrics and checkpoints
@@ -209,7 +210,16 @@ def _in_one_piece(context: Context, loop: Loop, phase: Phase) -> Tuned:
 
 def _attached(context: Context, loaded: Loaded, phase: Phase, seed: int) -> Tuned:
     torch.manual_seed(seed)
-    return phase.tuning.attach(loaded.model, Probe(loaded.topology, seed))  # type: ignore[attr-defined]
+    probe = probe_of(
+        loaded.topology,
+        phase.objective,  # type: ignore[arg-type]
+        phase.train,
+        Encodings(context.path("model") / "train"),
+        seed=seed,
+        pad_id=pad_id(loaded),
+        packing=bool(context.facts("model").get("packing", False)),
+    )
+    return phase.tuning.attach(loaded.model, probe)  # type: ignore[attr-defined]
 
 
 def make_loop(context: Context, loaded: Loaded, phase: Phase, *, directory: Path | None, phase_number: int = 1) -> Loop:
