@@ -1,14 +1,21 @@
-"""Peak resident memory and time of a step by tuning, on a model of 135 million parameters (the shape of SmolLM2-135M).
+"""Peak memory, time of a step and the optimiser's memory by tuning, on a model of 135 million parameters.
 
-    python benchmarks/tuning_memory.py      writes benchmarks/results/tuning_memory.json
+    python benchmarks/tuning_memory.py                      every tuning against full tuning; a quarter of an hour
+    python benchmarks/tuning_memory.py lift lisa --repeats 1
+    python benchmarks/tuning_memory.py --all                also with 1,024 tokens, and with gradient checkpointing
 
-Each tuning is a process of its own: 12 steps of one row of 256 tokens, every token labelled, AdamW, float32, random
-weights. LISA draws 2 of 30 blocks every 3 steps, so its peak holds four draws.
+The shape is SmolLM2-135M's, the weights are random, float32; a step is one row of 256 tokens of which the last quarter
+is labelled. Each training is a process of its own, the tunings take turns, and medians over the repeats are compared.
+Peak memory is what the process ever held, imports and model included. The median step leaves out the first one and
+steps that choose anew (LIFT chooses once here; LISA draws 2 of 30 blocks every 5 steps, so its peak holds four draws).
+Writes benchmarks/results/tuning_memory.json.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -16,39 +23,58 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
-import torch
-
 OUT = Path(__file__).parent / "results" / "tuning_memory.json"
+STEPS = 20
 TUNINGS: dict[str, dict[str, Any]] = {
     "full": {"method": "full"},
+    "lift": {"method": "lift", "density": 0.05, "interval": 10**6, "svd": "lowrank"},
+    "lisa": {"method": "lisa", "active_layers": 2, "interval": 5},
     "hft": {"method": "hft"},
-    "lisa": {"method": "lisa", "active_layers": 2, "interval": 3},
+    "greentrainer": {"method": "greentrainer", "rho": 0.5, "interval": 1},
+    "sara": {"method": "sara", "density": 0.1, "lambda_rank": 0.0, "progressive_at": None},
     "lora": {"method": "lora", "rank": 16},
 }
+# name -> what it is to reach against full tuning: share of peak memory, of step time, of the optimiser's memory
+TARGETS = {
+    "lift": {"peak": 0.5, "time": 1.0, "optimizer": 0.1},
+    "lisa": {"peak": 0.6, "time": 0.8},
+    "hft": {"peak": 0.8, "time": 0.9},
+    "greentrainer": {"time": 0.65, "backward": 0.3},
+}
+# name -> tokens of a row, gradient checkpointing
+SIZES = {"256": (256, False), "1024": (1024, False), "256-checkpointing": (256, True)}
 
 
 class Rows:
-    def __init__(self) -> None:
-        self.lengths = np.full(12, 256)
+    """Rows of random tokens, the last quarter labelled."""
+
+    def __init__(self, tokens: int) -> None:
+        import numpy as np
+
+        self.tokens, self.lengths = tokens, np.full(STEPS, tokens)
 
     def __len__(self) -> int:
-        return 12
+        return STEPS
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
-        ids = np.random.default_rng(index).integers(0, 49152, 256).tolist()
-        return {"input_ids": ids, "labels": ids}
+        import numpy as np
+
+        ids = np.random.default_rng(index).integers(0, 49152, self.tokens).tolist()
+        prompt = self.tokens * 3 // 4
+        return {"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]}
 
 
-def measure(name: str) -> None:
+def measure(name: str, size: str) -> None:
+    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from luthier.methods import build
     from luthier.models.topology import Topology
     from luthier.objectives import Sft
     from luthier.train import Loop, TrainSettings
-    from luthier.tune import Probe
+    from luthier.train.probing import probe_of
 
+    tokens, checkpointing = SIZES[size]
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -61,27 +87,94 @@ def measure(name: str) -> None:
             tie_word_embeddings=True,
         )
     )
-    start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    tuned = build("tune", TUNINGS[name]).attach(model, Probe(Topology.of(model)))  # type: ignore[attr-defined]
-    loop = Loop(tuned, Sft(), TrainSettings(effective_batch_size=1, num_train_epochs=1), Rows(), device="cpu")
-    seconds = median(record.seconds for record in loop.run()[1:])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"start_bytes": start, "peak_bytes": peak, "seconds_per_step": seconds}))
+    start = peak()
+    settings = TrainSettings(effective_batch_size=1, num_train_epochs=1, gradient_checkpointing=checkpointing)
+    rows = Rows(tokens)
+    tuning: Any = build("tune", TUNINGS[name])
+    tuned = tuning.attach(model, probe_of(Topology.of(model), Sft(), settings, rows))  # type: ignore[arg-type]
+    loop = Loop(tuned, Sft(), settings, rows, device="cpu")  # type: ignore[arg-type]
+    records = loop.run()
+    held = sum(
+        value.numel() * value.element_size()
+        for state in loop.optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    )
+    found = {
+        "start_bytes": start,
+        "peak_bytes": peak(),
+        "seconds_per_step": median(record.seconds for record in records[1:]),
+        "optimizer_bytes": held,
+        "loss": records[-1].loss,
+    }
+    ledger = getattr(tuned, "ledger", None)
+    if ledger is not None:
+        found["ledger"] = ledger if isinstance(ledger, dict) else ledger.describe()
+    print(json.dumps(found))
+
+
+def peak() -> int:
+    """The most bytes that this process ever held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def compare(names: list[str], size: str, repeats: int) -> dict[str, Any]:
+    """Every tuning in turn, `repeats` times; medians and their ratios to those of full tuning."""
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    for repeat in range(repeats):
+        for name in names:
+            command = [sys.executable, __file__, "--measure", name, size]
+            environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+            done = subprocess.run(command, capture_output=True, text=True, env=environment)
+            if done.returncode:
+                sys.exit(f"{name}: {done.stderr[-2000:]}")
+            runs[name].append(json.loads(done.stdout.splitlines()[-1]))
+            print(
+                f"{size} {repeat + 1}/{repeats} {name}: {runs[name][-1]['seconds_per_step']:.2f} s a step", flush=True
+            )
+    keys = ("peak_bytes", "seconds_per_step", "optimizer_bytes")
+    rows = {name: {key: median(run[key] for run in of) for key in keys} for name, of in runs.items()}
+    full = rows["full"]
+    for name, row in rows.items():
+        row |= {f"{key}_ratio": row[key] / full[key] for key in keys}
+        row["targets"] = TARGETS.get(name, {}) if size == "256" else {}
+        if "ledger" in runs[name][0]:
+            row["ledger"] = runs[name][0]["ledger"]
+        row["runs"] = runs[name]
+    return rows
+
+
+def show(size: str, rows: dict[str, Any]) -> None:
+    for name, row in rows.items():
+        targets = ", ".join(f"{key} at most {value}" for key, value in row["targets"].items())
+        print(
+            f"{size:<18} {name:<13} {row['peak_bytes'] / 2**30:.2f} GiB ({row['peak_bytes_ratio']:.2f}x), "
+            f"{row['seconds_per_step']:.2f} s a step ({row['seconds_per_step_ratio']:.2f}x), "
+            f"optimiser {row['optimizer_bytes_ratio']:.3f}x" + (f"   wanted: {targets}" if targets else "")
+        )
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tunings", nargs="*", metavar="TUNING", help=f"of {', '.join(TUNINGS)}; default all")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--all", action="store_true", help="other sizes too, once each; printed, held against nothing")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.measure:
+        return measure(*arguments.measure)
+    unknown = set(arguments.tunings) - set(TUNINGS)
+    if unknown:
+        parser.error(f"unknown tuning {', '.join(sorted(unknown))}; known are {', '.join(TUNINGS)}")
+    names = list(dict.fromkeys(["full", *(arguments.tunings or TUNINGS)]))
     found = {}
-    for name in TUNINGS:
-        done = subprocess.run([sys.executable, __file__, name], capture_output=True, text=True, check=True)
-        found[name] = json.loads(done.stdout.splitlines()[-1])
-    for row in found.values():
-        row["peak_ratio"] = row["peak_bytes"] / found["full"]["peak_bytes"]
-        row["time_ratio"] = row["seconds_per_step"] / found["full"]["seconds_per_step"]
-    OUT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    for name, row in found.items():
-        gib = row["peak_bytes"] / 2**30
-        print(f"{name:<6} {gib:.2f} GiB, {row['peak_ratio']:.2f}x; {row['time_ratio']:.2f}x the time")
+    for size in SIZES if arguments.all else ("256",):
+        found[size] = compare(names, size, arguments.repeats if size == "256" else 1)
+        arguments.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    for size, rows in found.items():
+        show(size, rows)
 
 
 if __name__ == "__main__":
-    measure(sys.argv[1]) if len(sys.argv) > 1 else main()
+    main()
