@@ -165,13 +165,16 @@ class Step:
         return self.found
 
     def _survey(self, key: str, names: Sequence[str]) -> Any:
-        if key not in self._found:
-            if not self.keep:
-                self._found.clear()
-            elements = sum(self.lineup.infos[name].elements for name in names)
-            tiles = Tiles(elements, self.lineup.concurrent, lambda: self.lineup.tiles(names))
-            self._found[key] = self.method.survey(tiles)
-        return self._found[key]
+        known = self._found
+        if key in known:
+            return known[key]
+        elements = sum(self.lineup.infos[name].elements for name in names)
+        found = self.method.survey(Tiles(elements, self.lineup.concurrent, lambda: self.lineup.tiles(names)))
+        known[key] = found
+        for other in list(known) if not self.keep else ():  # tensors may be surveyed at once, each on its thread
+            if other != key:
+                known.pop(other, None)
+        return found
 
     def merged(self, name: str, start: int, stop: int) -> Merged:
         """The outcome for these rows, float32."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 from luthier.findings import Finding
 from luthier.merge.base import Merged, Tile
@@ -23,6 +23,7 @@ class Counts:
     """What is counted of one tile; without models where a merge does not say what it used.
 
     Attributes:
+        name, size: of the tensor; `elements` are those of the tile.
         kept: of each model, how many of its changes went in.
         squares, base_square: squared norms of the differences and of the base.
         shared: places that no model, one, or several have kept; None for a single model.
@@ -30,6 +31,9 @@ class Counts:
         about: what the merge says of the tensor.
     """
 
+    name: str
+    size: int
+    elements: int
     kept: list[int]
     squares: list[float]
     base_square: float
@@ -39,21 +43,27 @@ class Counts:
 
 
 def counted(tile: Tile, merged: Merged) -> Counts:
-    """Count a tile and its outcome."""
+    """Count a tile and its outcome. In numpy, whose comparing and counting is many times faster than torch's."""
+    size, elements = tile.size, tile.elements
     if merged.used is None:
-        return Counts([], [], 0.0, None, 0, merged.about)
-    speaking = merged.used.ne(0).view(torch.uint8)
-    kept = [int(spoken.sum()) for spoken in speaking]
+        return Counts(tile.name, size, elements, [], [], 0.0, None, 0, merged.about)
+    kept, spoken, twice = [], np.zeros(merged.used.shape[1:], bool), np.zeros(merged.used.shape[1:], bool)
+    up, down = np.zeros_like(spoken), np.zeros_like(spoken)
+    for used in merged.used.detach().numpy():
+        here = used != 0
+        kept.append(int(np.count_nonzero(here)))
+        twice |= spoken & here
+        spoken |= here
+        up |= used > 0
+        down |= used < 0
     squares = [float(delta.norm()) ** 2 for delta in tile.deltas]
     shared, conflicts = None, 0
-    if len(speaking) > 1:
-        voices = speaking[0].clone()
-        for spoken in speaking[1:]:
-            voices += spoken  # of at most 255 models
-        none, one = int((voices == 0).sum()), int((voices == 1).sum())
-        shared = none, one, voices.numel() - none - one
-        conflicts = int(((merged.used.amax(0) > 0) & (merged.used.amin(0) < 0)).sum())
-    return Counts(kept, squares, float(tile.base.norm()) ** 2, shared, conflicts, merged.about)
+    if len(kept) > 1:
+        some, several = int(np.count_nonzero(spoken)), int(np.count_nonzero(twice))
+        shared = elements - some, some - several, several
+        conflicts = int(np.count_nonzero(up & down))
+    base_square = float(tile.base.norm()) ** 2
+    return Counts(tile.name, size, elements, kept, squares, base_square, shared, conflicts, merged.about)
 
 
 class Counter:
@@ -64,10 +74,10 @@ class Counter:
         self.tensors: dict[str, dict[str, Any]] = {}
         self._squares = [0.0] * (len(models) + 1)  # of each model's difference, then of the base
 
-    def add(self, tile: Tile, counts: Counts) -> None:
+    def add(self, counts: Counts) -> None:
         """Add what was counted of a tile."""
-        fresh = {"elements": tile.size, "kept": [0] * len(self.models), "squares": [0.0] * len(self.models)}
-        about = self.tensors.setdefault(tile.name, fresh)
+        fresh = {"elements": counts.size, "kept": [0] * len(self.models), "squares": [0.0] * len(self.models)}
+        about = self.tensors.setdefault(counts.name, fresh)
         about["about"] = dict(counts.about)
         for number, (kept, square) in enumerate(zip(counts.kept, counts.squares, strict=True)):
             about["kept"][number] += kept

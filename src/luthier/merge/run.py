@@ -13,8 +13,9 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,13 +32,15 @@ from luthier.merge.vocabulary import same_vocabulary
 from luthier.methods import build
 from luthier.models.allocator import keep_freed_memory
 from luthier.models.files import write_aside
+from luthier.weights.ahead import ahead
 from luthier.weights.algebra import finite
 from luthier.weights.depth import DepthOf, depth_of_names
 from luthier.weights.writer import SHARD_BYTES, copy_others, refuse_filled, write_weights
 
 Say = Callable[[int, int], None]  # bytes read so far, of how many
-Look = Callable[[Tile, Counts], None]
+Look = Callable[[Counts], None]
 Vocabulary = Literal["refuse", "map"]
+SMALL = 2**22  # elements of a tensor that one thread computes whole
 
 
 @dataclass(frozen=True)
@@ -154,10 +157,10 @@ def write_step(
         done = lineup.bytes * method.passes
         say(done, total)
 
-    def look(tile: Tile, counts: Counts) -> None:
+    def look(counts: Counts) -> None:
         nonlocal done
-        counter.add(tile, counts)
-        done += int(tile.elements * lineup.bytes / max(lineup.elements, 1))
+        counter.add(counts)
+        done += int(counts.elements * lineup.bytes / max(lineup.elements, 1))
         say(min(done, total), total)
 
     tensors: dict[str, Tensor] = {}
@@ -176,37 +179,75 @@ def write_step(
 
 
 def merged_tensors(step: Step, look: Look = lambda *_: None) -> dict[str, Tensor]:
-    """The outcome of a step in memory, in the types of its frame; `look` is called with every tile and what
-    was counted of it."""
+    """The outcome of a step in memory, in the types of its frame; `look` is called with what was counted of each
+    tile."""
+    made = Pieces(step, step.lineup.infos, look)
     return {
-        name: torch.cat([piece.reshape(-1) for piece in _pieces(step, name, look)]).reshape(info.shape)
+        name: torch.cat([piece.reshape(-1) for piece in made(name)]).reshape(info.shape)
         for name, info in step.lineup.infos.items()
     }
 
 
 def write_merged(step: Step, folder: Path, look: Look = lambda *_: None, *, shard_bytes: int = SHARD_BYTES) -> None:
     """The outcome of a step as weights, config and tokenizer in a folder that exists."""
-    write_weights(folder, step.lineup.infos, lambda name: _pieces(step, name, look), shard_bytes=shard_bytes)
+    made = Pieces(step, step.lineup.infos, look)
+    write_weights(folder, step.lineup.infos, made, shard_bytes=shard_bytes)
     for other in step.method.other_files(step.lineup):
         copy_others(other, folder)
     step.method.amend(step.lineup, folder)
 
 
-def _pieces(step: Step, name: str, look: Look) -> Iterator[Tensor]:
-    """A tensor of the outcome in pieces, in its stored type."""
-    lineup = step.lineup
-    if name not in lineup.places:
-        yield lineup.frame.whole(name)
-        return
-    dtype = lineup.infos[name].dtype
+class Pieces:
+    """The tensors of an outcome one after the other, each in pieces of its stored type.
 
-    def made(tile: Tile, merged: Merged) -> tuple[Tile, Counts, Tensor]:
-        _finite(tile, merged, lineup)
-        return tile, counted(tile, merged), merged.values.to(dtype)
+    A large tensor's tiles are computed side by side; small tensors are computed side by side, each on one thread, a few
+    ahead of who takes them. Called with the names in the order that was given.
+    """
 
-    for tile, counts, piece in step.each(name, made):
-        look(tile, counts)
-        yield piece
+    def __init__(self, step: Step, names: Iterable[str], look: Look):
+        self.step, self.look, self.names = step, look, list(names)
+        self._coming: Iterator[tuple[str, list[tuple[Counts, Tensor]]]] = iter(())
+        self._left = 0
+
+    def __call__(self, name: str) -> Iterator[Tensor]:
+        lineup = self.step.lineup
+        if name not in lineup.places:
+            yield lineup.frame.whole(name)
+            return
+        if self._large(name):
+            made: Iterable[tuple[Counts, Tensor]] = self._made(name)
+        else:
+            if not self._left:
+                self._begin(name)
+            self._left -= 1
+            came, made = next(self._coming)
+            assert came == name
+        for counts, piece in made:
+            self.look(counts)
+            yield piece
+
+    def _large(self, name: str) -> bool:
+        lineup = self.step.lineup
+        return name in lineup.places and (not lineup.concurrent or lineup.infos[name].elements > SMALL)
+
+    def _begin(self, name: str) -> None:
+        """Start on the small tensors from this one to the next large one."""
+        _ = self.step.found  # once, and not on several threads at a time
+        start = self.names.index(name)
+        run = list(takewhile(lambda n: not self._large(n), self.names[start:]))
+        merged = [n for n in run if n in self.step.lineup.places]
+        self._coming = ahead(merged, lambda n: (n, list(self._made(n))))
+        self._left = len(merged)
+
+    def _made(self, name: str) -> Iterator[tuple[Counts, Tensor]]:
+        lineup = self.step.lineup
+        dtype = lineup.infos[name].dtype
+
+        def made(tile: Tile, merged: Merged) -> tuple[Counts, Tensor]:
+            _finite(tile, merged, lineup)
+            return counted(tile, merged), merged.values.to(dtype)
+
+        return self.step.each(name, made)
 
 
 def _findings(step: Step, counter: Counter) -> list[Finding]:

@@ -16,15 +16,21 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 Agg = Literal["mean", "sum", "max"]
+_NEGATIVE_ZERO = np.int32(-(2**31))  # its bits
 
 
 def moved(base: Tensor, change: Tensor) -> Tensor:
     """base + change (any shape, float); an element whose change is 0 keeps the bits of `base`, a negative zero too."""
-    return torch.where(change == 0, base, base + change)
+    total = base + change
+    plain = base.dtype == torch.float32 and base.device.type == "cpu"
+    if plain and not (base.detach().numpy().view(np.int32) == _NEGATIVE_ZERO).any():
+        return total  # only -0.0 + 0.0 is another bit pattern than before
+    return torch.where(change == 0, base, total)
 
 
 def finite(values: Tensor) -> bool:
@@ -47,19 +53,23 @@ def lincomb(models: Tensor, weights: Sequence[float]) -> Tensor:
 def elect(deltas: Tensor, tie: int = 0) -> Tensor:
     """The sign of the sum over models: (K, ...) -> (...) float, -1, 0 or 1; `tie` where the sum is exactly 0.
 
-    The sum is taken in float64, so that its sign does not depend on the order of the models.
+    The sum of three or more is taken in float64, so that its sign does not depend on the order of the models; that of
+    two numbers has the right sign in any precision.
     """
-    total = deltas[0].double()
-    for delta in deltas[1:]:
-        total.add_(delta)
-    if tie:
-        total.add_(tie * 1e-300)  # nothing, beside any sum of float32 but 0
-    return total.sign_().to(deltas.dtype)
+    if len(deltas) < 3:
+        signs = deltas.sum(0).sign_()
+    else:
+        total = deltas[0].double()
+        for delta in deltas[1:]:
+            total.add_(delta)
+        signs = total.sign_().to(deltas.dtype)
+    return signs.add_(signs.abs().sub_(1), alpha=-tie) if tie else signs
 
 
 def balance(signs: Tensor) -> int:
     """How many more 1 than -1 there are; exact for any number of elements."""
-    return int((signs > 0).sum()) - int((signs < 0).sum())
+    found = signs.detach().cpu().numpy()
+    return int(np.count_nonzero(found > 0)) - int(np.count_nonzero(found < 0))
 
 
 def agree(deltas: Tensor, signs: Tensor, weights: Sequence[float] | None = None, agg: Agg = "mean") -> Tensor:

@@ -1,0 +1,238 @@
+"""Exact order statistics by guessing and comparing: a sample says where a rank lies, one pass makes it exact.
+
+    first pass     a sample of every s-th number; if s stayed 1 it is all of them, and the answer
+    second pass    count what is below, at and above two values that bracket the rank, and keep the few between them
+
+The sample is of millions of numbers; the bracket is six standard deviations of the rank's error to either side, so
+what lies between is less than a hundredth of all, and no more is kept than `KEPT`. Numbers on a coarse grid, as
+differences of 16-bit weights are, mostly equal one of the two values; they are only counted. Where a guess was wrong
+(numbers that repeat in step with the sample), the row is counted into bins instead: see `counting`. So the answer is
+always exact. Comparing and counting are numpy's, which does both many times faster than torch does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from luthier.weights.ahead import ahead
+from luthier.weights.counting import Stretch, Walk, counted, numbers_of
+
+SAMPLE = 2**22  # numbers of each row that a sample holds at most
+KEPT = 2**23  # numbers of each row and rank that may lie in a bracket
+WIDE = 6.0  # standard deviations
+Numbers = NDArray[np.float32]
+
+
+@dataclass
+class Place:
+    """A rank of one row: the number there, how many are larger, how many equal it, and where those stand.
+
+    Attributes:
+        at: the place behind the n-th (from 1) of the numbers that equal it, in the order of the stream.
+    """
+
+    value: float
+    above: int
+    equal: int
+    at: Callable[[int], int]
+
+
+@dataclass
+class Bracket:
+    """A rank of one row between two values."""
+
+    row: int
+    rank: int
+    low: float
+    high: float
+    above_low: int = 0  # numbers > low
+    above_high: int = 0
+    equals: list[tuple[int, int, int]] = field(default_factory=list)  # (place, equal to low, equal to high) by stretch
+    inside: list[Numbers] = field(default_factory=list)
+    kept: int = 0
+
+
+def ranked(walk: Walk, ranks_of: Callable[[int], Sequence[int]], magnitudes: bool) -> tuple[list[list[Place]], int]:
+    """For each row and each 0-based rank its `Place`; and how many numbers a row has.
+
+    Args:
+        ranks_of: the ascending ranks, given that number.
+    """
+    samples, stride, total = _sampled(walk, magnitudes)
+    ranks = list(ranks_of(total))
+    if stride == 1:
+        return [_in_memory(values, start, ranks) for values, start in samples], total
+    brackets = [_guess(row, rank, total, values) for row, (values, _) in enumerate(samples) for rank in ranks]
+    del samples
+    _compare(walk, brackets, magnitudes)
+    found = [_resolved(walk, bracket, total, magnitudes) for bracket in brackets]
+    if any(place is None for place in found):
+        values, above, equal = counted(walk, ranks, magnitudes)
+        for number, bracket in enumerate(brackets):
+            key = bracket.row, number % len(ranks)
+            value = float(values[key])
+            if found[number] is None:
+                found[number] = Place(
+                    value, int(above[key]), int(equal[key]), _searcher(walk, bracket.row, value, magnitudes)
+                )
+    whole = [place for place in found if place is not None]
+    return [whole[at : at + len(ranks)] for at in range(0, len(whole), len(ranks))], total
+
+
+def _numbers(row: Tensor, magnitudes: bool) -> Numbers:
+    """A row as numpy has it; magnitudes if they are wanted, and both zeros one."""
+    values = row.detach().reshape(-1).numpy()
+    return np.abs(values) if magnitudes else values + np.float32(0)
+
+
+def _sampled(walk: Walk, magnitudes: bool) -> tuple[list[tuple[Numbers, int]], int, int]:
+    """Of each row the numbers at places divisible by the stride, and the first place; the stride; numbers of a row."""
+    stride, total, first = 1, 0, 0
+    parts: list[list[Numbers]] = []
+
+    def sample(item: Stretch) -> tuple[int, int, int, list[Numbers]]:
+        step, place = stride, item[0]
+        rows = numbers_of(item[1])
+        start = -place % step
+        return (
+            step,
+            place + start,
+            rows[0].numel(),
+            [_numbers(row.reshape(-1)[start::step], magnitudes) for row in rows],
+        )
+
+    for step, place, size, rows in ahead(walk(), sample):
+        first = first if total else place
+        total += size
+        parts = parts or [[] for _ in rows]
+        start = -place % stride // step  # the stride may have grown since
+        for kept, values in zip(parts, rows, strict=True):
+            kept.append(values[start :: stride // step].copy())
+        while sum(map(len, parts[0])) > SAMPLE:
+            stride *= 2
+            for row, kept in enumerate(parts):
+                joined = np.concatenate(kept)
+                odd = first // (stride // 2) % 2  # whether the first one kept is not divisible by the new stride
+                parts[row] = [joined[odd::2].copy()]
+            first += -first % stride
+    if not total:
+        raise ValueError("there are no numbers to rank")
+    return [(np.concatenate(kept), first) for kept in parts], stride, total
+
+
+def _in_memory(values: Numbers, start: int, ranks: Sequence[int]) -> list[Place]:
+    found = []
+    ordered = np.partition(values, sorted(set(ranks)))
+    for rank in ranks:
+        value = ordered[rank]
+
+        def at(count: int, value: np.float32 = value) -> int:
+            return start + int(np.flatnonzero(values == value)[count - 1]) + 1
+
+        found.append(Place(float(value), _count(values > value), _count(values == value), at))
+    return found
+
+
+def _guess(row: int, rank: int, total: int, sample: Numbers) -> Bracket:
+    share, size = (rank + 0.5) / total, len(sample)
+    margin = WIDE * math.sqrt(share * (1 - share) * size) + 4
+    below, above = math.floor(share * size - margin), math.ceil(share * size + margin)
+    wanted = [at for at in (below, above) if 0 <= at < size]
+    ordered = np.partition(sample, wanted) if wanted else sample
+    low = float(ordered[below]) if below >= 0 else -math.inf
+    high = float(ordered[above]) if above < size else math.inf
+    return Bracket(row, rank, low, high)
+
+
+def _compare(walk: Walk, brackets: Sequence[Bracket], magnitudes: bool) -> None:
+    """Count and keep: one pass."""
+
+    def compared(item: Stretch) -> tuple[int, list[tuple[int, int, int, int, Numbers]]]:
+        place, rows = item[0], numbers_of(item[1])
+        numbers = {row: _numbers(rows[row], magnitudes) for row in {bracket.row for bracket in brackets}}
+        found = []
+        for bracket in brackets:
+            values, low, high = numbers[bracket.row], np.float32(bracket.low), np.float32(bracket.high)
+            over = values > low
+            above_low, at_low = _count(over), _count(values >= low)
+            above_high, at_high = _count(values > high), 0
+            inside = values[:0]
+            if high > low:
+                within = values < high
+                at_high = len(values) - _count(within) - above_high
+                within &= over
+                inside = values[within] if bracket.kept <= KEPT else inside
+            found.append((above_low, at_low - above_low, above_high, at_high, inside))
+        return place, found
+
+    for place, found in ahead(walk(), compared):
+        for bracket, (above_low, equal_low, above_high, equal_high, inside) in zip(brackets, found, strict=True):
+            bracket.above_low += above_low
+            bracket.above_high += above_high
+            bracket.equals.append((place, equal_low, equal_high))
+            bracket.kept += len(inside)
+            if bracket.kept > KEPT:
+                bracket.inside.clear()
+            else:
+                bracket.inside.append(inside)
+
+
+def _resolved(walk: Walk, bracket: Bracket, total: int, magnitudes: bool) -> Place | None:
+    """The place of a bracket's rank; None if the rank is not in the bracket, or too much is."""
+    if bracket.kept > KEPT:
+        return None
+    equal_low = sum(low for _, low, _ in bracket.equals)
+    equal_high = sum(high for _, _, high in bracket.equals)
+    left = bracket.rank - (total - bracket.above_low - equal_low)
+    if left < 0 or bracket.rank >= total - bracket.above_high:
+        return None
+    if left < equal_low:
+        at = _finder(walk, bracket, bracket.low, 1, magnitudes)
+        return Place(bracket.low, bracket.above_low, equal_low, at)
+    if left >= equal_low + bracket.kept:
+        at = _finder(walk, bracket, bracket.high, 2, magnitudes)
+        return Place(bracket.high, bracket.above_high, equal_high, at)
+    inside = np.concatenate(bracket.inside)
+    value = float(np.partition(inside, left - equal_low)[left - equal_low])
+    above = bracket.above_high + equal_high + _count(inside > np.float32(value))
+    same = _count(inside == np.float32(value))
+    return Place(value, above, same, _searcher(walk, bracket.row, value, magnitudes))
+
+
+def _finder(walk: Walk, bracket: Bracket, value: float, side: int, magnitudes: bool) -> Callable[[int], int]:
+    """`Place.at` of numbers that were counted by stretch: only the stretch that it stands in is computed again."""
+
+    def at(count: int) -> int:
+        passed = 0
+        for about, (place, given) in zip(bracket.equals, walk(), strict=True):
+            if count <= passed + about[side]:
+                values = _numbers(numbers_of(given)[bracket.row], magnitudes)
+                return place + int(np.flatnonzero(values == np.float32(value))[count - passed - 1]) + 1
+            passed += about[side]
+        raise ValueError("the stream has become shorter")
+
+    return at
+
+
+def _searcher(walk: Walk, row: int, value: float, magnitudes: bool) -> Callable[[int], int]:
+    """`Place.at` where nothing was noted by stretch."""
+
+    def at(count: int) -> int:
+        for place, given in walk():
+            same = np.flatnonzero(_numbers(numbers_of(given)[row], magnitudes) == np.float32(value))
+            if count <= len(same):
+                return place + int(same[count - 1]) + 1
+            count -= len(same)
+        raise ValueError("the stream has become shorter")
+
+    return at
+
+
+def _count(flags: NDArray[np.bool_]) -> int:
+    return int(np.count_nonzero(flags))
