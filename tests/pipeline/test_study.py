@@ -218,6 +218,10 @@ def test_the_table_holds_what_the_cells_have_measured(finished):
     gain = rows["320", "lora", "swap/gain"]
     assert f"| {markdown_text(f'{gain:+.1f}')} |" in lines[0] and "Means of each label" in page
     assert b"<svg" in (result.folder / "study.svg").read_bytes()
+    assert b"<svg" in (result.folder / "study-kept.svg").read_bytes()
+    moved = {method: rows["320", method, "tune/trainable"] for method in ("lora", "full")}
+    assert moved["lora"] < moved["full"] and f"| {moved['full']:,.0f} |" in page
+    assert all(rows["320", method, "tune/peak_memory"] > 2**27 for method in moved)
 
 
 def test_resuming_keeps_what_has_finished_and_gives_the_same_table(finished):

@@ -5,7 +5,8 @@
         study.json                      every cell: labels, folder, how it ended
         cells/<label>/<label>/...       the run of a cell, one level for each axis
         study.parquet                   a column for each axis, `metric`, `value`
-        study.md  study.svg             a line for each cell; target gains with their intervals
+        study.md                        a line for each cell: scores, what moved, time and memory
+        study.svg  study-kept.svg       target gains with their intervals; the gain against what was forgotten
 
 A cell is a run like any other: it can be looked at and resumed by itself, and a stage that equals one of another cell,
 or of an earlier study of the same name, is linked over instead of run again (the rows and tokens of a size are made
@@ -32,7 +33,7 @@ from luthier.pipeline.grid import Cell
 from luthier.pipeline.recipe import Recipe, cells, dump_recipe
 from luthier.pipeline.run import RunResult, drive
 from luthier.pipeline.stage import STAGES, Context, now, write_json, write_text
-from luthier.pipeline.study_table import figures, write_picture, write_table
+from luthier.pipeline.study_table import figures, write_pictures, write_table
 from luthier.train.loop import Interrupted
 
 WAITING = "waiting"
@@ -120,7 +121,7 @@ def _write(context: Context, records: list[dict[str, Any]]) -> list[dict[str, An
 
 def _finish(context: Context, records: list[dict[str, Any]], code: int, seconds: float) -> str:
     """The table, the picture, and result.json; returns the lines for the terminal."""
-    write_picture(context.folder, context.recipe, _write(context, records))
+    write_pictures(context.folder, context.recipe, _write(context, records))
     ended = {
         "done": sum(record["exit_code"] == 0 for record in records),
         "stopped at a gate": sum(record["exit_code"] == 3 for record in records),

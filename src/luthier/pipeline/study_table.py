@@ -7,6 +7,7 @@ Figures are read back from the run folders of the cells, so the table can be mad
                                                train/rewards/accuracy; each row is seen before it is learned from
     validation/loss                            the last one
     tune/steps, tokens, seconds                sums over phases
+    tune/trainable, peak_memory                numbers that may move in the last phase; bytes, from stage 4's start
     exit_code                                  0 done, 3 a gate closed, 2 or 4 failed
 
 Losses of different objectives mean different things; compare gains, and accuracies between methods of one kind.
@@ -17,16 +18,22 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from luthier.pipeline.recipe import Recipe
 from luthier.pipeline.stage import STAGES, read_manifest, write_text
-from luthier.reports.report import figure, markdown_text
+from luthier.reports.report import duration, figure, markdown_text, size
 
 ACCURACY = "train/rewards/accuracy"
+# Heading of a column: the figure, and how it is said.
+_COSTS = {
+    "moves": ("tune/trainable", lambda value: f"{value:,.0f}"),
+    "tuned in": ("tune/seconds", duration),
+    "peak memory": ("tune/peak_memory", size),
+}
 _OF_TASK = ("base", "tuned", "gain", "low", "high", "n")
 
 Record = Mapping[str, Any]  # labels, state, exit_code, figures
@@ -45,6 +52,8 @@ def figures(folder: Path) -> dict[str, float]:
     phases = tune.facts["phases"]
     for name, key in (("steps", "steps"), ("tokens", "tokens"), ("seconds", "train_seconds")):
         found[f"tune/{name}"] = float(sum(phase[key] for phase in phases))
+    found["tune/trainable"] = float(phases[-1]["trainable"])
+    found["tune/peak_memory"] = float(tune.facts.get("peak_memory") or math.nan)
     metrics = folder / f"{STAGES.index('tune') + 1}-tune" / f"phase-{len(phases)}" / "metrics.jsonl"
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()] if metrics.is_file() else []
     end = lines[-max(1, len(lines) // 10) :]
@@ -89,7 +98,7 @@ def page(recipe: Recipe, records: Sequence[Record]) -> str:
     head = [*axes]
     for name in targets:
         head += [f"{name}: base", "tuned", "gain", "95% interval"]
-    head += [f"{name}: gain" for name in kept] + ["rewards' accuracy"] * compared + ["outcome"]
+    head += [f"{name}: gain" for name in kept] + ["rewards' accuracy"] * compared + [*_COSTS, "outcome"]
     lines = []
     for record in records:
         of, line = record["figures"], list(record["labels"].values())
@@ -99,6 +108,7 @@ def page(recipe: Recipe, records: Sequence[Record]) -> str:
             line += [interval if f"{name}/low" in of else ""]
         line += [_shown(of, f"{name}/gain", True) for name in kept]
         line += [f"{of[ACCURACY]:.2f}" if ACCURACY in of else ""] * compared
+        line += [show(of[key]) if key in of else "" for key, show in _COSTS.values()]
         lines.append([*line, str(record["state"])])
     about = "Scores and gains are points from 0 to 100; forgetting is a negative gain."
     parts = [f"# Study {markdown_text(recipe.name)}", about, _table(head, lines)]
@@ -133,34 +143,58 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def write_picture(folder: Path, recipe: Recipe, records: Sequence[Record]) -> Path | None:
-    """study.svg: the gain on the first target task with its 95% interval, a line per cell, coloured by the first axis.
+def write_pictures(folder: Path, recipe: Recipe, records: Sequence[Record]) -> list[Path]:
+    """The pictures for which cells have figures, a point per cell, coloured by the first axis.
 
-    None where no cell has such figures.
+    study.svg           the gain on the first target task with its 95% interval, a line per cell
+    study-kept.svg      that gain against the mean gain of the forgetting tasks: up and to the right is better
     """
+    targets, kept = ([t.name for t in recipe.evaluate.tasks if t.role == role] for role in ("target", "forgetting"))
+    keys = [f"{targets[0]}/{what}" for what in ("gain", "low", "high")] if targets else []
+    shown = [r for r in records if keys and all(math.isfinite(r["figures"].get(key, math.nan)) for key in keys)]
+    if not shown:
+        return []
+    firsts = list(dict.fromkeys(next(iter(record["labels"].values())) for record in records))
+    colours = [f"C{firsts.index(next(iter(record['labels'].values()))) % 10}" for record in shown]
+    names = [", ".join(record["labels"].values()) for record in shown]
+    gains = [[record["figures"][key] for key in keys] for record in shown]
+
+    def intervals(panel: Any) -> None:
+        for place, ((gain, low, high), colour) in enumerate(zip(gains, colours, strict=True)):
+            panel.plot([low, high], [place, place], color=colour, linewidth=2, alpha=0.5)
+            panel.plot([gain], [place], "o", color=colour, markersize=4)
+        panel.axvline(0, color="#888888", linewidth=0.8)
+        panel.set_yticks(range(len(shown)), names)
+        panel.invert_yaxis()
+        panel.set_xlabel(f"{targets[0]}: gain in points, 95% interval")
+
+    paths = [_drawn(folder / "study.svg", recipe.name, (6.4, 0.9 + 0.22 * len(shown)), intervals)]
+    losses = [[record["figures"].get(f"{name}/gain", math.nan) for name in kept] for record in shown]
+    if kept and all(math.isfinite(value) for row in losses for value in row):
+
+        def against(panel: Any) -> None:
+            for (gain, _, _), row, name, colour in zip(gains, losses, names, colours, strict=True):
+                panel.plot([fmean(row)], [gain], "o", color=colour, markersize=4)
+                panel.annotate(name, (fmean(row), gain), (4, 2), textcoords="offset points", fontsize=7)
+            panel.axvline(0, color="#888888", linewidth=0.8)
+            panel.set_xlabel(f"mean gain on {', '.join(kept)} (below 0: forgotten), points")
+            panel.set_ylabel(f"{targets[0]}: gain, points")
+            panel.margins(x=0.2, y=0.1)
+
+        paths.append(_drawn(folder / "study-kept.svg", recipe.name, (5.6, 3.6), against))
+    return paths
+
+
+def _drawn(path: Path, salt: str, inches: tuple[float, float], draw: Callable[[Any], None]) -> Path:
+    """One panel as an SVG; whole or as it was."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    targets = [task.name for task in recipe.evaluate.tasks if task.role == "target"]
-    keys = [f"{targets[0]}/{what}" for what in ("gain", "low", "high")] if targets else []
-    shown = [r for r in records if keys and all(math.isfinite(r["figures"].get(key, math.nan)) for key in keys)]
-    if not shown:
-        return None
-    firsts = list(dict.fromkeys(next(iter(record["labels"].values())) for record in records))
-    path = folder / "study.svg"
-    with matplotlib.rc_context({"svg.hashsalt": recipe.name, "font.size": 8, "svg.fonttype": "none"}):
-        drawn, panel = pyplot.subplots(figsize=(6.4, 0.9 + 0.22 * len(shown)), layout="constrained")
-        for place, record in enumerate(shown):
-            gain, low, high = (record["figures"][key] for key in keys)
-            colour = f"C{firsts.index(next(iter(record['labels'].values()))) % 10}"
-            panel.plot([low, high], [place, place], color=colour, linewidth=2, alpha=0.5)
-            panel.plot([gain], [place], "o", color=colour, markersize=4)
-        panel.axvline(0, color="#888888", linewidth=0.8)
-        panel.set_yticks(range(len(shown)), [", ".join(record["labels"].values()) for record in shown])
-        panel.invert_yaxis()
-        panel.set_xlabel(f"{targets[0]}: gain in points, 95% interval")
+    with matplotlib.rc_context({"svg.hashsalt": salt, "font.size": 8, "svg.fonttype": "none"}):
+        drawn, panel = pyplot.subplots(figsize=inches, layout="constrained")
+        draw(panel)
         panel.spines[["top", "right"]].set_visible(False)
         aside = path.with_name(f".{path.name}.{os.getpid()}.svg")
         drawn.savefig(aside, metadata={"Date": None})

@@ -11,6 +11,7 @@ and goes through the same judging and saving as any other.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import shutil
@@ -77,6 +78,7 @@ class TuneStage(Stage):
                 return Outcome(findings, facts)
             phases, facts["search"] = (found.best.phase,), found.facts
             findings += found.findings
+        start_peak()
         loaded = load_base(context)
         for number, phase in enumerate(phases, start=1):
             last = number == len(recipe.tune)
@@ -255,10 +257,23 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def start_peak() -> None:
+    """Let `peak_memory` begin anew, where the system allows it (Linux); a study runs many cells in one process."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
 def peak_memory() -> int:
-    """The most bytes that this process has held at a time: on the accelerator if there is one, else resident."""
+    """The most bytes that this process has held at a time since `start_peak`: on the accelerator if there is one, else
+    resident, with what the interpreter and its libraries take."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
