@@ -1,14 +1,15 @@
 """90, SaRA: the smallest weights can be removed without harm, and stepping only them forgets less than full tuning.
 
 Facts world with 4 blocks, 3 seeds; all tunings make 200 steps at the rate 2e-3.
-(a) The smallest 10% and 20% of the blocks' weights set to zero, against a random and the largest 20%: loss on old facts.
+(a) The smallest 10% and 20% of the blocks' weights set to zero, against a random and the largest 20%: loss on old ones.
 (b) 120 new facts learnt by SaRA (the smallest 20% of all entries), by a random and the largest 20% of them, by LoRA of
     as many parameters, by full tuning: how many new facts are known, how many old ones are left.
 (c) SaRA without its switch, and without its nuclear term: nuclear norm of the entries that move at the end, and
     effective rank (the exponential of the entropy of the singular values) of the change; means over matrices.
 
-A small U-Net of diffusers that has learnt to draw the digits 0 to 7 (500 steps): (a) again, by its loss on test pictures;
-then 150 steps on 8 and 9 at the rate 2e-3, by SaRA and by full tuning. A network that reads digits judges what is drawn.
+A small U-Net of diffusers that has learnt to draw the digits 0 to 7 (500 steps): (a) again, by its loss on test
+pictures; then 150 steps on 8 and 9 at the rate 2e-3, by SaRA and by full tuning. A network that reads digits judges
+what is drawn.
 """
 
 from __future__ import annotations
@@ -261,6 +262,6 @@ PROOF = Proof(
         ),
     ],
     notes=[
-        "The loss on facts known by heart is some ten-thousandths of a nat; hence the change in nats beside the relative one.",
+        "The loss on facts known by heart is some 0.0003 nats; hence the change in nats beside the relative one.",
     ],
 )

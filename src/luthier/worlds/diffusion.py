@@ -1,12 +1,12 @@
 """A diffusion model that draws handwritten digits: a small U-Net of the package diffusers, made and tuned in a minute.
 
-    network = unet(seed=0)                             a `UNet2DModel` for 8 by 8 pictures, told which digit; not trained
+    network = unet(seed=0)                            a `UNet2DModel` for 8 by 8 pictures, told the digit; not trained
     tuned = Full().attach(network, Probe(Topology.flat(network)))
-    train(tuned, *digits("train", range(8)), steps=600, rate=2e-3)        it learns to draw 0 to 7
+    train(tuned, *digits("train", range(8)), steps=600, rate=2e-3)       it learns to draw 0 to 7
     tuned = Sara(density=0.2).attach(network, Probe(Topology.flat(network)))
-    train(tuned, *digits("train", (8, 9)), steps=200, rate=2e-3)          and then 8 and 9, with any tuning
-    noise_loss(network, *digits("test", range(8)))     how well it still tells the noise in a 0 to 7
-    draw(network, labels, seed=0)                      new pictures
+    train(tuned, *digits("train", (8, 9)), steps=200, rate=2e-3)         and then 8 and 9, with any tuning
+    noise_loss(network, *digits("test", range(8)))    how well it still tells the noise in a 0 to 7
+    draw(network, labels, seed=0)                     new pictures
 
 The network is told a noisy picture, the step of the noise (0 is little, 99 all) and the digit, and says what the noise
 is; the loss is the mean squared error. Sampling is DDIM. `train` is also the shortest example of a tuning's hooks in a
