@@ -124,6 +124,12 @@ def test_a_scope_of_names():
     assert set(tuned.selection()) == {"model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight"}
 
 
+def test_a_scope_of_nothing_is_refused():
+    for budget in ({"density": 0.1}, {"threshold": 0.1}):
+        with pytest.raises(InputError, match=r"no (entry|tensor) to choose from"):
+            attach({**budget, "exclude": ["weight"]}, alike())
+
+
 def test_tensors_of_zeros_lie_wholly_inside():
     model = llama()
     nn.init.zeros_(model.model.layers[1].mlp.down_proj.weight)

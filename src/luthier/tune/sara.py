@@ -7,9 +7,9 @@
 All other entries stay to the last bit, and with them what the model knew; gradients and moments are as long as M. It
 needs no blocks and no attention: a U-Net is attached with `Probe(Topology.flat(unet))`.
 
-The threshold is absolute. 2e-3 is about a tenth of Stable Diffusion, none of one model and all of another: give
-`density` instead, and the threshold is the (floor(density n) + 1)-th smallest magnitude of all n entries. Ties at the
-threshold stay out, so a model with many zeros may have fewer. Where no learning rate is named it is
+The threshold is absolute, and the same one is none of one model and all of another: give `density` instead, and it is
+the (floor(density n) + 1)-th smallest magnitude of all n entries. Ties at the threshold stay out, so a model with many
+zeros may have fewer. Where no learning rate is named it is
 1e-3 exp(-350 threshold), made for thresholds near 2e-3: beyond 0.01 it is too small to learn with, so name one.
 
 The nuclear norm is that of the small weights themselves, not of their change (`rank_of: delta` is that one), of the

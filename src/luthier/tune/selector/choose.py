@@ -149,8 +149,13 @@ class Smallest:
 
 
 def quantiles(walk: Walk, densities: tuple[float, ...]) -> tuple[float, ...]:
-    """For each ascending density the (floor(density n) + 1)-th smallest of all n scores; infinity beyond the last."""
+    """For each ascending density the (floor(density n) + 1)-th smallest of all n scores; infinity beyond the last.
+
+    `InputError` if there is no score.
+    """
     entries = sum(scores.numel() for _, scores in walk())
+    if not entries:
+        raise InputError("there is no entry to choose from", where="tune")
     ranks = [Share(density).of([(entries,)]) for density in densities]
     found = order_statistics(
         lambda: ((0, scores.float().cpu().reshape(1, -1)) for _, scores in walk()), [min(r, entries - 1) for r in ranks]
