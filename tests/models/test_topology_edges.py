@@ -205,3 +205,16 @@ def test_unknown_scope_and_region_are_refused(build):
         topology.linears("atention")
     with pytest.raises(InputError, match="did you mean 'feed_forward'"):
         topology.parameters("feedforward")
+
+
+def test_a_flat_topology_names_every_parameter_once_and_sees_nothing_else():
+    shared = nn.Linear(4, 4)
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.GroupNorm(1, 2), shared, nn.Sequential(shared))
+    with pytest.raises(InputError, match="no list of blocks"):
+        Topology.of(model)
+    flat = Topology.flat(model)
+    assert flat.parameters() == [name for name, _ in model.named_parameters()] == flat.parameters("other")
+    assert flat.tied == (("2.weight", "3.0.weight"), ("2.bias", "3.0.bias"))
+    assert not flat.blocks and not flat.linears() and flat.head is None
+    assert flat.region("3.0.weight") == ("other", None)
+    assert flat.describe()["parameters"] == {"other": sum(p.numel() for p in model.parameters())}

@@ -199,7 +199,7 @@ def test_a_folder_that_is_no_run(tmp_path):
 def test_the_stored_recipe_is_whole(finished):
     _, result = finished
     stored = yaml.safe_load((result.folder / "recipe.yaml").read_text())
-    assert stored["tune"][0]["train"]["weight_decay"] == 0.0 and stored["environment"]["seed"] == 0
+    assert stored["tune"][0]["train"]["adam_beta1"] == 0.9 and stored["environment"]["seed"] == 0
 
 
 def test_an_adapter_that_changes_nothing_is_found_out(recipe, tmp_path):

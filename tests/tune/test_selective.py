@@ -29,6 +29,7 @@ from luthier.tune.selector.slots import Every, Once, Slots
 # Tunings that step entries: settings, and the same choosing everything in their scope.
 ENTRIES = {
     "lift": ({"method": "lift", "density": 0.1, "filter_rank": 4, "interval": 3}, {"density": 1.0}),
+    "sara": ({"method": "sara", "density": 0.1}, {"density": 1.0}),
 }
 # Every selective tuning's slots in words, as its specification has them.
 SLOTS = {
@@ -43,6 +44,19 @@ SLOTS = {
             "schedule": "start + every 200 optimiser steps",
             "apply": "gradient",
             "on_reselect": "carry",
+        },
+    ),
+    "sara": (
+        {"threshold": 2e-3},
+        {
+            "scope": "all parameters",
+            "score": "|w|",
+            "choose": "below threshold 0.002",
+            "competition": "global",
+            "granularity": "element",
+            "schedule": "start + once when 0.5 of the optimiser steps are done",
+            "apply": "gradient",
+            "on_reselect": "reset",
         },
     ),
     "hft": (
@@ -264,6 +278,19 @@ class TestEntries:
             with tuned.untuned():
                 assert torch.equal(tuned.model(input_ids=ids).logits, base)
             assert torch.equal(tuned.model(input_ids=ids).logits, after) and not torch.equal(after, base)
+
+    def test_the_weights_follow_a_fused_optimiser(self, name):
+        """It steps in place without a trace in the version counter of what it steps."""
+        tuned = attach(ENTRIES[name][0])
+        optimizer = torch.optim.AdamW(tuned.parameter_groups(0.1), lr=1e-2, fused=True)
+        tuned.on_phase_begin(optimizer, 4, 12)
+        for step in range(8):
+            before = weights(tuned.model)
+            run(tuned, 1, step, optimizer)
+            after = weights(tuned.model)
+            assert any(not torch.equal(after[key], value) for key, value in before.items())
+            for key, one in tuned.chosen.items():
+                assert torch.equal(after[key].view(-1)[one.places.long()], one.values.detach())
 
     @pytest.mark.parametrize("make", [llama, lambda: llama(tied=True), bert, vit], ids=["llama", "tied", "bert", "vit"])
     def test_any_model_saved_and_loaded(self, name, make, tmp_path):

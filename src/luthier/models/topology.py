@@ -4,6 +4,7 @@
     topology.linears("attention")            # paths such as model.layers.0.self_attn.q_proj, never the head
     topology.region("model.norm.weight")     # ("norm", None): region and, inside a block, the block's index
     topology.blocks[3].feed_forward
+    Topology.flat(model)                     # a model without blocks, for what asks for no structure
 
 It is found by structure (see `structure`), so a new architecture needs no entry anywhere. In short: the blocks are
 the elements of the outermost lists whose elements hold attention and something else; inside a block, what is not
@@ -149,6 +150,19 @@ class Topology:
         again = {name for group in tied for name in group[1:]}
         sizes = {name: count for name, count in _sizes(base) if name not in again}
         return cls(type(base).__name__, prefix, named, tokens, positions, head_path, tied, regions, sizes)
+
+    @classmethod
+    def flat(cls, model: nn.Module) -> Topology:
+        """`model` without any structure: no blocks, and every parameter in the region `other`.
+
+        For tunings that ask for none, on models in which there is none to find: a U-Net, a dense network.
+        """
+        base, prefix = unwrapped(model)
+        tied = tied_groups(base)
+        regions: dict[str, tuple[str, int | None]] = {name: ("other", None) for name, _ in _sizes(base)}
+        again = {name for group in tied for name in group[1:]}
+        sizes = {name: count for name, count in _sizes(base) if name not in again}
+        return cls(type(base).__name__, prefix, (), (), (), None, tied, regions, sizes)
 
     @property
     def blocks(self) -> tuple[Block, ...]:

@@ -134,13 +134,16 @@ class Grid:
         """The grid that `settings` mean for a phase on `rows` rows; `InputError` if there is no row."""
         if rows < 1:
             raise InputError("there is no training row to search on", where="data")
-        own = phase.train.learning_rate or (
-            phase.tuning.default_learning_rate * phase.objective.needs().learning_rate_scale  # type: ignore[attr-defined]
-        )
+        rates = settings.learning_rate
+        if not rates:
+            own = phase.train.learning_rate or (
+                phase.tuning.own_learning_rate() * phase.objective.needs().learning_rate_scale  # type: ignore[attr-defined]
+            )
+            rates = (own,)
         found: dict[str, Candidate] = {}
         capped: dict[int, int] = {}
         for asked in settings.effective_batch_size or (phase.train.effective_batch_size,):
-            for rate in settings.learning_rate or (own,):
+            for rate in rates:
                 wanted = {"learning_rate": rate, "effective_batch_size": asked, "logging_steps": 1}
                 train = phase.train.model_copy(update=wanted)
                 span = Span.of(train, rows)

@@ -114,8 +114,7 @@ class Loop:
             base.enable_input_require_grads()
         self.span = Span.of(settings, len(self.train))
         self.steps_per_epoch, self.total = self.span.steps_per_epoch, self.span.total
-        default_rate = tuned.settings.default_learning_rate * self.needs.learning_rate_scale
-        self.learning_rate = settings.learning_rate or default_rate
+        self.learning_rate = settings.learning_rate or tuned.own_learning_rate() * self.needs.learning_rate_scale
         # Together, so that FSDP2 can exchange the optimiser's parameters for their shards.
         optimizer = make_optimizer(tuned, settings, self.learning_rate)
         if tuned.averages:
@@ -251,7 +250,7 @@ class Loop:
         self.tuned.on_step_end(self.done)
         self.done += 1
         pairs = zip(names, parts[::2], parts[1::2], strict=True)
-        metrics = {name: value / weight for name, value, weight in pairs if weight}
+        metrics = {name: value / weight for name, value, weight in pairs if weight} | self.tuned.metrics()
         validation = self._validate() if self._due(self.settings.eval_steps or self.steps_per_epoch) else None
         record = StepRecord(self.done, mean, rate, norm, tokens, rows, time.perf_counter() - began, metrics, validation)
         self._keep(record)

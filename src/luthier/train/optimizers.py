@@ -18,7 +18,8 @@ from luthier.tune.base import Tuned
 
 def make_optimizer(tuned: Tuned, settings: TrainSettings, learning_rate: float) -> torch.optim.Optimizer:
     """AdamW, SGD or Adafactor over `tuned.parameter_groups`."""
-    groups = tuned.parameter_groups(settings.weight_decay)
+    decay = settings.weight_decay
+    groups = tuned.parameter_groups(tuned.settings.default_weight_decay if decay is None else decay)
     if settings.optim == "sgd":
         return torch.optim.SGD(groups, lr=learning_rate)
     if settings.optim == "adafactor":

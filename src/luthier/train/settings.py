@@ -24,6 +24,7 @@ class TrainSettings(BaseModel):
             so many steps; null leaves it at what was asked for, or at all rows where there are fewer.
         max_tokens_per_device: tokens per micro-batch with padding; a single longer row is a batch of its own. Bounds
             memory and has no influence on the outcome.
+        weight_decay: of matrices; null is the tuning's own default (0 for all but `sara`, 0.01).
         warmup_ratio, warmup_steps: the rise to the peak; `warmup_steps`, if given, decides. `constant` has no rise;
             `constant_with_warmup` has.
         group_by_length: let rows of like length share a step (less padding).
@@ -49,7 +50,7 @@ class TrainSettings(BaseModel):
     warmup_ratio: float = Field(default=0.05, ge=0, le=1)
     warmup_steps: int | None = Field(default=None, ge=0)
     optim: Literal["adamw_torch", "sgd", "adafactor"] = "adamw_torch"
-    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    weight_decay: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     adam_beta1: float = Field(default=0.9, ge=0, lt=1)
     adam_beta2: float = Field(default=0.999, ge=0, lt=1)
     adam_epsilon: float = Field(default=1e-8, gt=0)

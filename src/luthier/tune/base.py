@@ -40,7 +40,7 @@ class Probe:
     """What a tuning may ask about the model and the data before it attaches.
 
     Attributes:
-        topology: where blocks, linears, embeddings and head are in the model.
+        topology: where blocks, linears, embeddings and head are in the model; `Topology.flat` for one without blocks.
         seed: for every random choice of the tuning.
         batches: each call goes through a few collated batches of the run's own data, the same on every device, for
             tunings that look at activations or gradients.
@@ -59,6 +59,11 @@ class Tuning(Method):
 
     room: ClassVar[str] = "tune"
     default_learning_rate: ClassVar[float] = 2e-5
+    default_weight_decay: ClassVar[float] = 0.0
+
+    def own_learning_rate(self) -> float:
+        """The peak rate of a phase that names none, as far as the settings tell; `InputError` if they do not."""
+        return self.default_learning_rate
 
     def attach(self, model: nn.Module, probe: Probe) -> Tuned:
         """Prepare `model` (changed in place: wrapped, frozen) and return what the loop drives."""
@@ -87,6 +92,10 @@ class Tuned:
         self.base_model = base_model
         if not any(p.requires_grad for p in model.parameters()):
             raise InputError(f"tune.method {settings.method!r} leaves no parameter to move", fix="check its targets")
+
+    def own_learning_rate(self) -> float:
+        """The peak rate of a phase that names none; where it depends on the model, the attached tuning knows it."""
+        return self.settings.own_learning_rate()
 
     # What moves
 
@@ -137,6 +146,10 @@ class Tuned:
 
     def on_phase_end(self) -> None:
         """After the last step."""
+
+    def metrics(self) -> dict[str, float]:
+        """What the record of the step that has just ended shows of the tuning beside loss and rate, by name."""
+        return {}
 
     def untuned(self) -> AbstractContextManager[Any] | None:
         """A context in which `self.model` computes what the base does; None where that would take a copy of it."""

@@ -2,6 +2,7 @@
 
     facts         120 subjects, 8 relations: a tiny decoder knows 840 facts by heart and is taught 120 more
     digits        the handwritten digits of scikit-learn, and small networks that read them
+    diffusion     a small U-Net of diffusers that draws those digits, and is then tuned to draw others
     arithmetic    eight chat skills with one right answer each; four that the tiny model knows, four to teach it
     bandit        a contextual bandit with linear features and noisy pairs: preference losses in seconds
     arrangements  a language whose expected rewards are exact sums: preference losses on a real language model
@@ -27,6 +28,7 @@ __all__ = [
     "arithmetic",
     "arrangements",
     "bandit",
+    "diffusion",
     "digits",
     "everyday",
     "facts",
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
         arithmetic,
         arrangements,
         bandit,
+        diffusion,
         digits,
         everyday,
         facts,

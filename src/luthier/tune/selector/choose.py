@@ -16,7 +16,7 @@ from torch import Tensor
 
 from luthier.errors import InputError
 from luthier.tune.selector.slots import Shape
-from luthier.weights.ranks import top_cuts
+from luthier.weights.ranks import order_statistics, top_cuts
 
 Walk = Callable[[], Iterator[tuple[str, Tensor]]]
 
@@ -123,6 +123,44 @@ class Below:
 
     def __str__(self) -> str:
         return f"{'above' if self.above else 'below'} threshold {self.threshold:g}"
+
+
+@dataclass(frozen=True)
+class Smallest:
+    """The entries strictly below the (floor(density n) + 1)-th smallest score: floor(density n) of them, or fewer where
+    that one has ties. Scores are ranked as float32."""
+
+    density: float
+    narrows: bool = False
+
+    def count(self, shapes: Sequence[Shape]) -> int:
+        return Share(self.density).of(shapes)
+
+    def threshold(self, walk: Walk) -> float:
+        """That score; infinite if all are to be chosen."""
+        (found,) = quantiles(walk, (self.density,))
+        return found
+
+    def pick(self, walk: Walk, shapes: dict[str, Shape]) -> dict[str, Tensor]:
+        return Below(self.threshold(walk)).pick(walk, shapes)
+
+    def __str__(self) -> str:
+        return f"below the threshold of the smallest share {self.density:g}"
+
+
+def quantiles(walk: Walk, densities: tuple[float, ...]) -> tuple[float, ...]:
+    """For each ascending density the (floor(density n) + 1)-th smallest of all n scores; infinity beyond the last.
+
+    `InputError` if there is no score.
+    """
+    entries = sum(scores.numel() for _, scores in walk())
+    if not entries:
+        raise InputError("there is no entry to choose from", where="tune")
+    ranks = [Share(density).of([(entries,)]) for density in densities]
+    found = order_statistics(
+        lambda: ((0, scores.float().cpu().reshape(1, -1)) for _, scores in walk()), [min(r, entries - 1) for r in ranks]
+    )
+    return tuple(math.inf if r >= entries else float(value) for r, value in zip(ranks, found[0], strict=True))
 
 
 def top_places(scores: Tensor, count: int) -> Tensor:
