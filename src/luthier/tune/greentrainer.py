@@ -42,7 +42,7 @@ from luthier.errors import InputError
 from luthier.models.topology import Topology
 from luthier.tune.base import Probe
 from luthier.tune.selector.budget import Bools, Floats, Quantised, select_tensors
-from luthier.tune.selector.counting import costs_of_pass, input_size
+from luthier.tune.selector.counting import costs_of_pass, input_size, recomputes
 from luthier.tune.selector.flops import Costs
 from luthier.tune.selector.ledger import Entry, Ledger
 from luthier.tune.selector.loss_drop import tensor_importance
@@ -186,7 +186,7 @@ class GreenTuned(TensorsTuned):
 
     def on_phase_begin(self, optimizer: torch.optim.Optimizer, steps_per_epoch: int, steps: int | None = None) -> None:
         super().on_phase_begin(optimizer, steps_per_epoch, steps)
-        if getattr(self.model, "is_gradient_checkpointing", False):
+        if recomputes(self.model):
             _free_the_input(self.model)
 
         def passes(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:

@@ -80,9 +80,14 @@ def costs_of_pass(model: nn.Module, probe: Probe, *, counted: bool = False) -> t
     finally:
         handle.remove()
     costs = tensor_costs(model, probe.topology, uses, _labelled(batch), products)
-    if getattr(model, "is_gradient_checkpointing", False):
+    if recomputes(model):
         costs = replace(costs, forward=2 * costs.forward)
     return costs, sizes[-1]
+
+
+def recomputes(model: nn.Module) -> bool:
+    """Whether gradient checkpointing is on."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def input_size(model: Any, args: Any, kwargs: dict[str, Any]) -> int:

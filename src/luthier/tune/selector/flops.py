@@ -94,8 +94,9 @@ class _Bill:
 
     def add(self, name: str, tensor: Tensor, forward: float, dy: float, dw: float) -> None:
         self.forward += forward
-        if id(tensor) in self.place:  # a head with the embedding's weight: two gradients of its size are added
-            self.dw[self.place[id(tensor)]] = dw + tensor.numel()
+        place = self.place.get(id(tensor))
+        if place is not None:  # tied: an embedding used again, or a head with its weight, of which two are then added
+            self.dw[place] = dw + tensor.numel() if dy else self.dw[place] + dw
             self.dy[-1] += dy
             return
         self.place[id(tensor)] = len(self.names)
@@ -158,8 +159,9 @@ def _in_order(
     Experts that no token went to cost nothing.
     """
     inner: dict[str, list[str]] = {}
+    ran = {id(tensor) for path in uses for tensor in see.own_parameters(modules[path]).values()}
     for path, module in modules.items():
-        if path not in uses and see.own_parameters(module):
+        if path not in uses and any(id(tensor) not in ran for tensor in see.own_parameters(module).values()):
             around = path
             while around and around not in uses:
                 around = around.rpartition(".")[0]
