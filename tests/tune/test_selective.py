@@ -59,6 +59,19 @@ SLOTS = {
             "on_reselect": "reset",
         },
     ),
+    "greentrainer": (
+        {},
+        {
+            "scope": "all tensors",
+            "score": "loss drop of one optimiser step",
+            "choose": "budgeted dynamic programme",
+            "competition": "global",
+            "granularity": "tensor",
+            "schedule": "start + every 2 epochs",
+            "apply": "requires_grad",
+            "on_reselect": "reset",
+        },
+    ),
     "hft": (
         {},
         {

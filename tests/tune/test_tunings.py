@@ -19,6 +19,8 @@ TUNINGS += [{"method": "lora", "rank": 2, "targets": "attention", "peft": {"use_
 TUNINGS += [{"method": "hft"}, {"method": "hft", "granularity": "model", "redraw": "epoch", "train_norms": "none"}]
 TUNINGS += [{"method": "lisa", "active_layers": 1, "interval": 1}, {"method": "lisa", "train_embeddings": False}]
 TUNINGS += [{"method": "sara", "density": 0.3, "progressive_at": None}]
+TUNINGS += [{"method": "greentrainer", "interval": 1}]
+TUNINGS += [{"method": "greentrainer", "rho": 0.8, "interval": 1, "interval_unit": "step", "state": "keep"}]
 
 
 def make():
@@ -31,7 +33,8 @@ def make():
 
 def attach(settings, seed=0):
     model = make()
-    return build("tune", settings).attach(model, Probe(Topology.of(model), seed))
+    probe = Probe(Topology.of(model), seed, lambda: [batch()], lambda m, b: Sft().loss(m, b).value())
+    return build("tune", settings).attach(model, probe)
 
 
 def batch():

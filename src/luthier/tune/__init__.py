@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 METHODS = {
     "full": "luthier.tune.full:Full",
+    "greentrainer": "luthier.tune.greentrainer:GreenTrainer",
     "hft": "luthier.tune.hft:Hft",
     "lift": "luthier.tune.lift:Lift",
     "lisa": "luthier.tune.lisa:Lisa",
@@ -19,21 +20,23 @@ METHODS = {
 }
 
 _WHERE = {
-    "Tuning": "luthier.tune.base",
-    "Tuned": "luthier.tune.base",
-    "Probe": "luthier.tune.base",
     "Full": "luthier.tune.full",
+    "GreenTrainer": "luthier.tune.greentrainer",
     "Hft": "luthier.tune.hft",
     "Lift": "luthier.tune.lift",
     "Lisa": "luthier.tune.lisa",
     "Lora": "luthier.tune.lora",
+    "Probe": "luthier.tune.base",
     "Sara": "luthier.tune.sara",
+    "Tuned": "luthier.tune.base",
+    "Tuning": "luthier.tune.base",
 }
-__all__ = ["METHODS", "Full", "Hft", "Lift", "Lisa", "Lora", "Probe", "Sara", "Tuned", "Tuning"]
+__all__ = ["METHODS", "Full", "GreenTrainer", "Hft", "Lift", "Lisa", "Lora", "Probe", "Sara", "Tuned", "Tuning"]
 
 if TYPE_CHECKING:
     from luthier.tune.base import Probe, Tuned, Tuning
     from luthier.tune.full import Full
+    from luthier.tune.greentrainer import GreenTrainer
     from luthier.tune.hft import Hft
     from luthier.tune.lift import Lift
     from luthier.tune.lisa import Lisa

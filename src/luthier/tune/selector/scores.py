@@ -109,16 +109,14 @@ def visit_gradients(
         assert gradient is not None
         visit(name, gradient.float())
 
-    handles = [
-        parameter.register_post_accumulate_grad_hook(partial(hand_over, name=name))
-        for name, parameter in wanted.items()
-    ]
+    handles = []
     try:
         for parameter in before:
             parameter.grad = None
             parameter.requires_grad_(False)
-        for parameter in wanted.values():
-            parameter.requires_grad_(True)
+        for name, parameter in wanted.items():
+            parameter.requires_grad_(True)  # before the hook, which only such a parameter takes
+            handles.append(parameter.register_post_accumulate_grad_hook(partial(hand_over, name=name)))
         with torch.random.fork_rng(), evaluating(model):
             for batch in islice(probe.batches(), batches):
                 probe.loss(model, batch).backward()
