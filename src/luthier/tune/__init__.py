@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 METHODS = {
+    "cofitune": "luthier.tune.cofitune:CofiTune",
     "full": "luthier.tune.full:Full",
     "hft": "luthier.tune.hft:Hft",
     "lift": "luthier.tune.lift:Lift",
@@ -21,16 +22,18 @@ _WHERE = {
     "Tuning": "luthier.tune.base",
     "Tuned": "luthier.tune.base",
     "Probe": "luthier.tune.base",
+    "CofiTune": "luthier.tune.cofitune",
     "Full": "luthier.tune.full",
     "Hft": "luthier.tune.hft",
     "Lift": "luthier.tune.lift",
     "Lisa": "luthier.tune.lisa",
     "Lora": "luthier.tune.lora",
 }
-__all__ = ["METHODS", "Full", "Hft", "Lift", "Lisa", "Lora", "Probe", "Tuned", "Tuning"]
+__all__ = ["METHODS", "CofiTune", "Full", "Hft", "Lift", "Lisa", "Lora", "Probe", "Tuned", "Tuning"]
 
 if TYPE_CHECKING:
     from luthier.tune.base import Probe, Tuned, Tuning
+    from luthier.tune.cofitune import CofiTune
     from luthier.tune.full import Full
     from luthier.tune.hft import Hft
     from luthier.tune.lift import Lift
