@@ -19,6 +19,9 @@ TUNINGS += [{"method": "lora", "rank": 2, "targets": "attention", "peft": {"use_
 TUNINGS += [{"method": "hft"}, {"method": "hft", "granularity": "model", "redraw": "epoch", "train_norms": "none"}]
 TUNINGS += [{"method": "lisa", "active_layers": 1, "interval": 1}, {"method": "lisa", "train_embeddings": False}]
 
+TUNINGS += [{"method": "cofitune", "layers": "0%:50%"}, {"method": "cofitune", "layers": [1], "soft_mask": []}]
+TUNINGS += [{"method": "cofitune", "layers": [0, 1], "modules": ["attention", "feed_forward"], "apply": "update"}]
+
 
 def make():
     torch.manual_seed(0)
@@ -30,7 +33,8 @@ def make():
 
 def attach(settings, seed=0):
     model = make()
-    return build("tune", settings).attach(model, Probe(Topology.of(model), seed))
+    probe = Probe(Topology.of(model), seed, lambda: [batch()], lambda m, rows: Sft().loss(m, rows).value())
+    return build("tune", settings).attach(model, probe)
 
 
 def batch():

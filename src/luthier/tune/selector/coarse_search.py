@@ -66,8 +66,8 @@ def coarse_search(
         max_runs: how many nodes are tried at most; the first ones in the order of the levels.
 
     Returns:
-        json-able rows `{run, level, parent, settings, speciality, versatility, score}`: `run` counts from 0 in the order
-        of trying and `parent` is the run of the node above (None at the top). Of equal scores the earlier run is first.
+        json-able rows `{run, level, parent, settings, speciality, versatility, score}`: `run` counts from 0 in the
+        order of trying, `parent` is the run of the node above (None at the top). Of equal scores the earlier is first.
 
     Raises `InputError` for an empty tree, numbers below 1, or scores that are missing or not finite.
     """

@@ -185,7 +185,7 @@ def _heads(mask: Tensor) -> Any:
 
 
 def _scores(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """(positions, classes) float32 log-probabilities at every position that is no padding."""
+    """(positions, classes) log-probabilities, float32 or float64, at every position that is no padding."""
     taken = inspect.signature(model.forward).parameters
     sequences = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     inputs: dict[str, Any] = {n: t for n, t in batch.items() if n in taken and (n != "labels" or sequences)}
@@ -196,7 +196,7 @@ def _scores(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     logits = getattr(model(**inputs), "logits", None)
     if logits is None:
         raise InputError(f"{type(model).__name__} has no logits to compare two passes by", where="tune")
-    scores = F.log_softmax(logits.float(), dim=-1)
+    scores = F.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
     kept = _kept(batch, logits.shape[:-1], sequences)
     return scores.reshape(-1, scores.shape[-1]) if kept is None else scores[kept]
 

@@ -11,7 +11,7 @@ of a step this needs one copy of the weights concerned; with `apply: gradient` o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ class RowFactors:
     ):
         self.parameters, self.apply, self.mask_decay = dict(parameters), apply, mask_decay
         self.factors = dict(factors)
-        self._groups: dict[str, dict[str, object]] = {}
+        self._optimizer: torch.optim.Optimizer | None = None
         self._before: dict[str, tuple[Tensor, float]] = {}
 
     def begin(self, optimizer: torch.optim.Optimizer) -> None:
@@ -76,9 +76,8 @@ class RowFactors:
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.broadcast(factor, src=0)
             self.factors[name] = factor
-        names = {id(parameter): name for name, parameter in self.parameters.items()}
-        self._groups = {names[id(p)]: g for g in optimizer.param_groups for p in g["params"] if id(p) in names}
-        if self._counts_decay() and any(_coupled(optimizer, group) for group in self._groups.values()):
+        self._optimizer = optimizer
+        if self._counts_decay() and any(_coupled(optimizer, group) for group in self._groups().values()):
             raise InputError(
                 f"the weight decay of {type(optimizer).__name__} goes through its moments and cannot be multiplied",
                 where="tune.mask_decay",
@@ -96,9 +95,10 @@ class RowFactors:
 
     def on_clipped(self) -> None:
         """Right before the optimiser steps."""
+        groups = self._groups()
         for name, parameter in self.parameters.items():
-            group = self._groups.get(name, {})
-            decay = float(group.get("lr") or 0.0) * float(group.get("weight_decay") or 0.0)  # type: ignore[arg-type]
+            group = groups.get(name, {})
+            decay = float(group.get("lr") or 0.0) * float(group.get("weight_decay") or 0.0)
             if self.apply == "update" or (decay and self.mask_decay):
                 self._before[name] = parameter.detach().clone(), decay
 
@@ -111,12 +111,18 @@ class RowFactors:
                 parameter.copy_(masked_step(before, parameter, self.factors[name], decay, self.apply, self.mask_decay))
         self._before.clear()
 
+    def _groups(self) -> dict[str, dict[str, Any]]:
+        """The optimiser's group of each parameter; it makes new ones when a checkpoint is read."""
+        assert self._optimizer is not None
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        return {names[id(p)]: g for g in self._optimizer.param_groups for p in g["params"] if id(p) in names}
+
     def _counts_decay(self) -> bool:
         """Whether the decay must be told apart from the rest of the step."""
         return self.mask_decay == (self.apply == "gradient")
 
 
-def _coupled(optimizer: torch.optim.Optimizer, group: Mapping[str, object]) -> bool:
+def _coupled(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> bool:
     """Whether weight decay is part of the gradient that the optimiser remembers."""
     if not group.get("weight_decay"):
         return False
