@@ -254,7 +254,7 @@ def test_masked_step_at_both_ends_in_16_bits():
 
 def test_decay_inside_moments_is_refused(saved):
     for optimizer, more in ((torch.optim.Adam, {}), (torch.optim.SGD, {"momentum": 0.9})):
-        with pytest.raises(InputError, match="weight decay of (Adam|SGD)"):
+        with pytest.raises(InputError, match=r"weight decay of (Adam|SGD)"):
             run(attach({"importance": saved(drawn)}), optimizer=optimizer, **more)
         run(attach({"importance": saved(drawn)}), optimizer=optimizer, decay=0.0, **more)
         run(attach({"importance": saved(drawn), "apply": "update"}), optimizer=optimizer, **more)
@@ -373,7 +373,7 @@ def test_names_that_match_nothing_name_near_ones():
         attach({"soft_mask": ["donw_proj"]})
     with pytest.raises(InputError, match="'down_proj' is to be held back but does not move"):
         attach({"modules": ["up_proj"], "soft_mask": ["down_proj"]})
-    with pytest.raises(InputError, match="o_proj .*none of the matrices before a unit"):
+    with pytest.raises(InputError, match=r"o_proj .*none of the matrices before a unit"):
         attach({"modules": ["o_proj"]})
 
 
@@ -401,7 +401,7 @@ def test_routed_experts_have_no_units():
 
 def test_settings_are_checked():
     for wrong in ({"dropout": 1}, {"kl_scale": 0}, {"importance_batches": 0}, {"modules": []}, {"importance": []}):
-        with pytest.raises(ValueError, match="cofitune|CofiTune"):
+        with pytest.raises(ValueError, match="CofiTune"):
             CofiTune(**wrong)
 
 
