@@ -7,8 +7,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainerCall
 
 from luthier.models.topology import Topology
 from luthier.train import TuningCallback
-from luthier.tune import Hft, Lisa, Probe
+from luthier.tune import CofiTune, Hft, Lisa, Probe
 from luthier.tune.lisa import draw
+from luthier.tune.selector.importance_score import save_importance
 from luthier.worlds import tiny
 
 STEPS = 8
@@ -90,3 +91,42 @@ def test_half_of_the_matrices_stay_in_transformers_trainer(tmp_path):
     Trainer(model=tuned.model, args=args, train_dataset=rows(), callbacks=[TuningCallback(tuned)]).train()
     for name, p in tuned.model.named_parameters():
         assert torch.equal(p, before[name]) == (name in tuned.selection.frozen)
+
+
+def test_rows_are_held_back_in_transformers_trainer(tmp_path):
+    """A row of importance 1 rests and one of 0 moves, under the Trainer's own weight decay and clipping."""
+    importance = {i: {"output": (torch.arange(32) == 5).float()} for i in range(4)}
+    save_importance(importance, 4, tmp_path / "importance.safetensors")
+    settings = CofiTune(modules=["down_proj"], importance=str(tmp_path / "importance.safetensors"))
+    tuned = settings.attach(base := model(), Probe(Topology.of(base)))
+    before = {name: p.detach().clone() for name, p in tuned.model.named_parameters()}
+    args = TrainingArguments(**arguments(tmp_path, weight_decay=0.1, learning_rate=1e-3))
+    Trainer(model=tuned.model, args=args, train_dataset=rows(), callbacks=[TuningCallback(tuned)]).train()
+    for name, p in tuned.model.named_parameters():
+        if name == "model.layers.1.mlp.down_proj.weight":
+            assert (p != before[name]).any(1).tolist() == [row != 5 for row in range(32)]
+        else:
+            assert torch.equal(p, before[name])
+
+
+def test_cofitune_in_trls_sft_trainer(tmp_path):
+    trl = pytest.importorskip("trl")
+    from transformers import AutoTokenizer
+
+    base = AutoModelForCausalLM.from_pretrained(tiny.folder())
+    ids = torch.arange(1, 41).view(2, 20)
+    probe = Probe(Topology.of(base), batches=lambda: [{"input_ids": ids, "labels": ids}])
+    tuned = CofiTune(layers="0%:50%", modules=["feed_forward"], apply="update").attach(base, probe)
+    before = {name: p.detach().clone() for name, p in tuned.model.named_parameters()}
+    args = trl.SFTConfig(**arguments(tmp_path, bf16=False, max_length=64, weight_decay=0.1, learning_rate=1e-3))
+    data = Dataset.from_dict({"prompt": ["What is 2 + 2?"] * 40, "completion": [" 4"] * 40})
+    trainer = trl.SFTTrainer(
+        model=tuned.model,
+        args=args,
+        train_dataset=data,
+        processing_class=AutoTokenizer.from_pretrained(tiny.folder()),
+        callbacks=[TuningCallback(tuned)],
+    )
+    trainer.train()
+    for name, p in tuned.model.named_parameters():
+        assert torch.equal(p, before[name]) == (name not in tuned.moving())

@@ -31,8 +31,33 @@ ENTRIES = {
     "lift": ({"method": "lift", "density": 0.1, "filter_rank": 4, "interval": 3}, {"density": 1.0}),
     "sara": ({"method": "sara", "density": 0.1}, {"density": 1.0}),
 }
-# Every selective tuning's slots in words, as its specification has them.
+# Every selective tuning's slots in words, as its specification has them; a list of both where it chooses twice.
 SLOTS = {
+    "cofitune": (
+        {},
+        [
+            {
+                "scope": "layers 25%:50% x up_proj, down_proj",
+                "score": "given",
+                "choose": "best node",
+                "competition": "global",
+                "granularity": "tensor",
+                "schedule": "start",
+                "apply": "requires_grad",
+                "on_reselect": "none",
+            },
+            {
+                "scope": "the tensors chosen first",
+                "score": "unit importance",
+                "choose": "soft (weight 1 - I)",
+                "competition": "layer",
+                "granularity": "row",
+                "schedule": "start",
+                "apply": "gradient",
+                "on_reselect": "none",
+            },
+        ],
+    ),
     "lift": (
         {"density": 0.05},
         {
@@ -170,7 +195,13 @@ def weights(model):
 @pytest.mark.parametrize("name", SLOTS)
 def test_slots_are_those_of_the_specification(name):
     more, words = SLOTS[name]
-    assert build("tune", {"method": name, **more}).slots().words() == words
+    slots = build("tune", {"method": name, **more}).slots()
+    assert [slot.words() for slot in stack(slots)] == stack(words)
+
+
+def stack(of):
+    """One or several on top of each other, as a list."""
+    return list(of) if isinstance(of, tuple | list) else [of]
 
 
 @pytest.mark.parametrize("name", ENTRIES)

@@ -22,6 +22,9 @@ TUNINGS += [{"method": "sara", "density": 0.3, "progressive_at": None}]
 TUNINGS += [{"method": "greentrainer", "interval": 1}]
 TUNINGS += [{"method": "greentrainer", "rho": 0.8, "interval": 1, "interval_unit": "step", "state": "keep"}]
 
+TUNINGS += [{"method": "cofitune", "layers": "0%:50%"}, {"method": "cofitune", "layers": [1], "soft_mask": []}]
+TUNINGS += [{"method": "cofitune", "layers": [0, 1], "modules": ["attention", "feed_forward"], "apply": "update"}]
+
 
 def make():
     torch.manual_seed(0)

@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 METHODS = {
+    "cofitune": "luthier.tune.cofitune:CofiTune",
     "full": "luthier.tune.full:Full",
     "greentrainer": "luthier.tune.greentrainer:GreenTrainer",
     "hft": "luthier.tune.hft:Hft",
@@ -20,6 +21,7 @@ METHODS = {
 }
 
 _WHERE = {
+    "CofiTune": "luthier.tune.cofitune",
     "Full": "luthier.tune.full",
     "GreenTrainer": "luthier.tune.greentrainer",
     "Hft": "luthier.tune.hft",
@@ -31,10 +33,24 @@ _WHERE = {
     "Tuned": "luthier.tune.base",
     "Tuning": "luthier.tune.base",
 }
-__all__ = ["METHODS", "Full", "GreenTrainer", "Hft", "Lift", "Lisa", "Lora", "Probe", "Sara", "Tuned", "Tuning"]
+__all__ = [
+    "METHODS",
+    "CofiTune",
+    "Full",
+    "GreenTrainer",
+    "Hft",
+    "Lift",
+    "Lisa",
+    "Lora",
+    "Probe",
+    "Sara",
+    "Tuned",
+    "Tuning",
+]
 
 if TYPE_CHECKING:
     from luthier.tune.base import Probe, Tuned, Tuning
+    from luthier.tune.cofitune import CofiTune
     from luthier.tune.full import Full
     from luthier.tune.greentrainer import GreenTrainer
     from luthier.tune.hft import Hft

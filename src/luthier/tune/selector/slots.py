@@ -6,12 +6,14 @@
     competition   among whom the choice is made: within a tensor, a layer, a group, or over everything
     granularity   what is chosen: entries, rows, whole tensors, whole blocks
     schedule      when the choice is made, in optimiser steps
-    apply         how it acts: only chosen entries are stepped (gradient), only chosen tensors have a gradient at all
-                  (requires_grad), the weight is masked (weight), or trainable values stand beside it (added)
+    apply         how it acts: only chosen entries are stepped, or rows by a share (gradient), the step itself is made
+                  smaller (update), only chosen tensors have a gradient at all (requires_grad), the weight is masked
+                  (weight), or trainable values stand beside it (added)
     on_reselect   what becomes of the optimiser's memory when the choice changes
 
 The parts of a slot are small frozen objects that say in words what they do (`str(slots.score)`), so the table in the
-documentation is read from the methods themselves.
+documentation is read from the methods themselves. A method that chooses twice, the second time among what the first
+has left, has a tuple of two such fillings.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from luthier.tune.base import Probe
 
 Competition = Literal["tensor", "layer", "group", "global", "none"]
 Granularity = Literal["element", "row", "tensor", "block"]
-Apply = Literal["gradient", "requires_grad", "weight", "added"]
+Apply = Literal["gradient", "update", "requires_grad", "weight", "added"]
 OnReselect = Literal["carry", "reset", "drop", "keep", "offload", "rewind", "none"]
 Shape = tuple[int, ...]
 

@@ -1,0 +1,439 @@
+"""CoFiTune's own laws: which layers and modules, how rows are held back, and whose importance it is."""
+
+import copy
+import json
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    LlamaConfig,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from luthier.errors import InputError
+from luthier.models.topology import Topology
+from luthier.objectives import Sft
+from luthier.tune import CofiTune, Probe
+from luthier.tune.selector.importance_score import save_importance
+from luthier.tune.selector.layers import LAYERS, layers_of
+from luthier.tune.selector.rows import masked_step
+
+SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
+UNITS = {"intermediate": 48, "output": 32, "head": 4}
+RATE, DECAY = 1e-2, 0.1
+MLP = "model.layers.1.mlp"
+
+
+def llama(**more):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(LlamaConfig(**{"vocab_size": 64, **SHAPE, **more})).eval()
+
+
+def batches(count=3, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    ids = [torch.randint(1, 64, (3, 9), generator=draw) for _ in range(count)]
+    return [{"input_ids": rows, "labels": rows} for rows in ids]
+
+
+def attach(settings, model=None, rows=batches):
+    model = llama() if model is None else model
+    return CofiTune(**settings).attach(model, Probe(Topology.of(model), batches=rows))
+
+
+def run(tuned, steps=4, optimizer=torch.optim.AdamW, decay=DECAY, first=0, **more):
+    if isinstance(optimizer, type):
+        optimizer = optimizer(tuned.parameter_groups(decay), lr=RATE, **more)
+        tuned.on_phase_begin(optimizer, 4, steps)
+    for step in range(first, first + steps):
+        tuned.on_step_begin(step)
+        Sft().loss(tuned.model, batches(1, seed=step)[0]).value().backward()
+        tuned.on_grad(step)
+        tuned.on_clipped(step)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        for group in optimizer.param_groups:  # as a schedule would, before the end of the step
+            group["lr"] *= 0.9
+        tuned.on_step_end(step)
+    return optimizer
+
+
+def weights(model):
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def importance(value, units=UNITS, blocks=4):
+    """A set with `value` (a number, or a function of the number of units) for all units."""
+    made = {k: value(n) if callable(value) else torch.full((n,), float(value)) for k, n in units.items()}
+    return {block: {k: v.clone() for k, v in made.items()} for block in range(blocks)}
+
+
+def drawn(count):
+    return torch.rand(count, generator=torch.Generator().manual_seed(count))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    def save(value, name="importance.safetensors", **more):
+        path = tmp_path / name
+        found = importance(value, **more) if not isinstance(value, dict) else value
+        save_importance(found, max(found) + 1, path)
+        return str(path)
+
+    return save
+
+
+# Which layers, which modules
+
+
+@pytest.mark.parametrize(
+    ("layers", "count", "wanted"),
+    [
+        ("25%:50%", 32, range(8, 16)),
+        ("25%:50%", 40, range(10, 20)),
+        ("25%:50%", 30, range(7, 15)),
+        ("bottom2", 32, range(8, 16)),
+        ("middle-plus", 32, range(8, 24)),
+        ("0%:100%", 7, range(7)),
+        ("12.5%:25%", 8, range(1, 2)),
+        ((5, 2), 8, [2, 5]),
+    ],
+)
+def test_range_rule(layers, count, wanted):
+    assert layers_of(layers, count) == list(wanted)
+
+
+@pytest.mark.parametrize("count", [4, 8, 30, 33])
+def test_quarters_are_all_layers_once(count):
+    quarters = [layers_of(name, count) for name in ("bottom1", "bottom2", "middle", "top")]
+    assert [layer for quarter in quarters for layer in quarter] == list(range(count))
+    assert layers_of("bottom_plus", count) == quarters[0] + quarters[1]
+    assert layers_of("middle_plus", count) == quarters[1] + quarters[2]
+    assert layers_of("top_plus", count) == quarters[2] + quarters[3] and len(LAYERS) == 7
+
+
+def test_layers_that_are_not_there():
+    with pytest.raises(InputError, match="not one layer"):
+        attach({"layers": "25%:40%"})
+    with pytest.raises(InputError, match="no layer 4: the model has 4"):
+        attach({"layers": [4]})
+    for wrong in ("25:50", "50%:25%", "0%:101%", "bottum1", (), (1, 1), (-1,)):
+        with pytest.raises(ValueError, match="layers"):
+            CofiTune(layers=wrong)
+    with pytest.raises(ValueError, match="did you mean 'bottom1'"):
+        CofiTune(layers="bottum1")
+
+
+@pytest.mark.parametrize("apply", ["gradient", "update"])
+def test_layers_times_modules_move_and_all_else_rests(apply):
+    tuned = attach({"layers": "25%:75%", "apply": apply})
+    base = weights(tuned.model)
+    names = {f"model.layers.{i}.mlp.{m}.weight" for i in (1, 2) for m in ("up_proj", "down_proj")}
+    assert set(tuned.moving()) == names and len(names) == 2 * 2
+    assert set(run(tuned).state) <= set(tuned.moving().values())
+    for name, tensor in weights(tuned.model).items():
+        assert torch.equal(tensor, base[name]) == (name not in names), name
+
+
+def test_layer_1_is_not_layer_11():
+    tuned = attach({"layers": [1], "modules": ["mlp.up_proj"]}, llama(num_hidden_layers=12))
+    assert list(tuned.moving()) == ["model.layers.1.mlp.up_proj.weight"]
+
+
+def test_planned_without_weights():
+    with torch.device("meta"):
+        model = llama()
+    settings = CofiTune()
+    assert settings.planned(model, Topology.of(model)) == 2 * 32 * 48
+
+
+# How rows are held back
+
+
+@pytest.mark.parametrize("apply", ["gradient", "update"])
+@pytest.mark.parametrize("mask_decay", [True, False])
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+def test_no_importance_is_the_coarse_run_bit_for_bit(apply, mask_decay, optimizer, saved):
+    coarse = attach({"soft_mask": []})
+    fine = attach({"importance": saved(0), "apply": apply, "mask_decay": mask_decay})
+    run(coarse, optimizer=optimizer)
+    run(fine, optimizer=optimizer)
+    after = weights(fine.model)
+    assert all(torch.equal(tensor, after[name]) for name, tensor in weights(coarse.model).items())
+
+
+@pytest.mark.parametrize("apply", ["gradient", "update"])
+@pytest.mark.parametrize(
+    ("optimizer", "more"), [(torch.optim.AdamW, {}), (torch.optim.AdamW, {"fused": True}), (torch.optim.SGD, {})]
+)
+def test_a_row_of_importance_1_does_not_move(apply, optimizer, more, saved):
+    tuned = attach({"importance": saved(lambda n: (torch.arange(n) == 2).float()), "apply": apply})
+    base = weights(tuned.model)
+    run(tuned, optimizer=optimizer, **more)
+    for part in ("up_proj", "down_proj"):
+        moved = (tuned.model.get_parameter(f"{MLP}.{part}.weight") != base[f"{MLP}.{part}.weight"]).any(1)
+        assert moved.tolist() == [row != 2 for row in range(len(moved))]
+
+
+@pytest.mark.parametrize("apply", ["gradient", "update"])
+@pytest.mark.parametrize("mask_decay", [True, False])
+def test_equals_columns_times_gradients_and_decay_by_hand(apply, mask_decay, saved):
+    """The oracle: an optimiser without decay; gradients, or differences, times a column; decay in a line of its own."""
+    tuned = attach({"importance": saved(drawn), "apply": apply, "mask_decay": mask_decay})
+    model = llama()
+    columns = {f"{MLP}.up_proj.weight": 1 - drawn(48)[:, None], f"{MLP}.down_proj.weight": 1 - drawn(32)[:, None]}
+    moving = [model.get_parameter(name) for name in columns]
+    optimizer = torch.optim.AdamW(moving, lr=RATE, weight_decay=0.0)
+    run(tuned)
+    for step in range(4):
+        Sft().loss(model, batches(1, seed=step)[0]).value().backward()
+        rate = optimizer.param_groups[0]["lr"]
+        old = [p.detach().clone() for p in moving]
+        for p, column in zip(moving, columns.values(), strict=True):
+            if apply == "gradient":
+                p.grad *= column
+        optimizer.step()
+        with torch.no_grad():
+            for p, column, before in zip(moving, columns.values(), old, strict=True):
+                if apply == "update":
+                    p.copy_(before + column * (p - before))
+                p -= rate * DECAY * (column if mask_decay else 1) * before
+        optimizer.zero_grad()
+        optimizer.param_groups[0]["lr"] *= 0.9
+    for p, name in zip(moving, columns, strict=True):
+        torch.testing.assert_close(tuned.model.get_parameter(name), p, rtol=0, atol=1e-6)
+
+
+def test_adam_nearly_undoes_a_factor_on_gradients_and_not_one_on_steps(saved):
+    """Why `update` exists: half of every gradient gives nearly whole steps, half of a step is half of it."""
+    base = weights(llama())[f"{MLP}.up_proj.weight"]
+    gone = {}
+    for name, settings in {
+        "whole": {"soft_mask": []},
+        "gradient": {"importance": saved(0.5), "apply": "gradient"},
+        "update": {"importance": saved(0.5), "apply": "update"},
+    }.items():
+        tuned = attach(settings)
+        run(tuned, 1, decay=0.0)
+        gone[name] = float((weights(tuned.model)[f"{MLP}.up_proj.weight"] - base).norm())
+    assert gone["gradient"] == pytest.approx(gone["whole"], rel=1e-3)
+    assert gone["update"] == pytest.approx(gone["whole"] / 2, rel=1e-3)
+
+
+def test_without_momentum_both_ways_are_one(saved):
+    after = []
+    for apply in ("gradient", "update"):
+        tuned = attach({"importance": saved(drawn), "apply": apply})
+        run(tuned, optimizer=torch.optim.SGD)
+        after.append(weights(tuned.model))
+    for name, tensor in after[0].items():
+        torch.testing.assert_close(tensor, after[1][name], rtol=0, atol=1e-7)
+
+
+def test_a_step_that_a_scaler_skips_leaves_the_weights(saved):
+    tuned = attach({"importance": saved(drawn)})
+    base = weights(tuned.model)
+    optimizer = torch.optim.AdamW(tuned.parameter_groups(DECAY), lr=RATE)
+    tuned.on_phase_begin(optimizer, 4, 4)
+    tuned.on_step_begin(0)
+    tuned.on_clipped(0)
+    tuned.on_step_end(0)
+    assert all(torch.equal(tensor, base[name]) for name, tensor in weights(tuned.model).items())
+
+
+def test_masked_step_at_both_ends_in_16_bits():
+    before, after = (torch.randn(4, 5).bfloat16() for _ in range(2))
+    for apply in ("gradient", "update"):
+        for factor, wanted in ((torch.ones(4, 1), after), (torch.zeros(4, 1), before)):
+            assert torch.equal(masked_step(before, after, factor, 0.01, apply, True).bfloat16(), wanted)
+
+
+def test_decay_inside_moments_is_refused(saved):
+    for optimizer, more in ((torch.optim.Adam, {}), (torch.optim.SGD, {"momentum": 0.9})):
+        with pytest.raises(InputError, match=r"weight decay of (Adam|SGD)"):
+            run(attach({"importance": saved(drawn)}), optimizer=optimizer, **more)
+        run(attach({"importance": saved(drawn)}), optimizer=optimizer, decay=0.0, **more)
+        run(attach({"importance": saved(drawn), "apply": "update"}), optimizer=optimizer, **more)
+        run(attach({"importance": saved(drawn), "mask_decay": False}), optimizer=optimizer, **more)
+
+
+def test_rows_of_heads_with_grouped_keys_and_biases(saved):
+    """Four query heads of 8 rows share two key heads: a key head takes the mean of its two."""
+    model = llama(num_key_value_heads=2, attention_bias=True)
+    heads = torch.tensor([0.0, 0.5, 0.25, 0.25])
+    path = saved(importance(0, {"head": 4}) | {1: {"head": heads}})
+    tuned = attach({"modules": ["attention"], "importance": path}, model)
+    for part, values in {"q_proj": [0, 0.5, 0.25, 0.25], "k_proj": [0.25, 0.25], "v_proj": [0.25, 0.25]}.items():
+        name = f"model.layers.1.self_attn.{part}"
+        rows = 1 - torch.tensor(values).repeat_interleave(8)
+        assert torch.equal(tuned.rows.factors[f"{name}.weight"], rows[:, None])
+        assert torch.equal(tuned.rows.factors[f"{name}.bias"], rows)
+    assert len(tuned.moving()) == 6
+
+
+def test_gate_rows_are_intermediate_units(saved):
+    tuned = attach({"modules": ["gate_proj"], "importance": saved(drawn)})
+    assert torch.equal(tuned.rows.factors[f"{MLP}.gate_proj.weight"], 1 - drawn(48)[:, None])
+
+
+def test_gpt2_keeps_its_matrices_transposed(saved):
+    config = AutoConfig.for_model("gpt2", vocab_size=64, n_embd=32, n_layer=4, n_head=4, n_inner=48, n_positions=16)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    path = saved(lambda n: (torch.arange(n) == 2).float())
+    tuned = attach({"modules": ["feed_forward"], "importance": path}, model)
+    base = weights(model)
+    run(tuned)
+    for part in ("c_fc", "c_proj"):
+        matrix, bias = (f"transformer.h.1.mlp.{part}.{kind}" for kind in ("weight", "bias"))
+        moved = (model.get_parameter(matrix) != base[matrix]).any(0)
+        assert moved.tolist() == [row != 2 for row in range(len(moved))]
+        assert (model.get_parameter(bias) != base[bias]).tolist() == moved.tolist()
+    with pytest.raises(InputError, match=r"c_attn has 96 rows, which are not whole heads"):
+        attach({"modules": ["attention"]}, model)
+    assert attach({"modules": ["attention"], "soft_mask": []}, model).moving()
+
+
+# Whose importance
+
+
+def test_several_files_the_largest_counts(saved):
+    paths = [saved(drawn, "a.safetensors"), saved(0.5, "b.safetensors")]
+    tuned = attach({"importance": paths})
+    assert torch.equal(tuned.importance[1]["intermediate"], drawn(48).clamp(min=0.5))
+
+
+@pytest.mark.parametrize(
+    ("made", "phrase"),
+    [
+        (importance(0.5, blocks=5), "it has 5 layers, this model has 4"),
+        (importance(0.5, {"intermediate": 40, "output": 32}), "40 units of the kind 'intermediate' there and 48 here"),
+        (importance(0.5, {"output": 32}), "says nothing about units of the kind 'intermediate'"),
+        (importance(1.5), "not between 0 and 1"),
+    ],
+)
+def test_importance_of_another_model_is_refused(made, phrase, saved):
+    with pytest.raises(InputError, match=phrase):
+        attach({"importance": saved(made)})
+
+
+def test_files_that_are_none(tmp_path):
+    with pytest.raises(InputError, match="no such file"):
+        attach({"importance": str(tmp_path / "gone")})
+    (tmp_path / "text").write_text("not tensors")
+    with pytest.raises(InputError, match="no whole safetensors"):
+        attach({"importance": str(tmp_path / "text")})
+    llama().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="holds no importance"):
+        attach({"importance": str(tmp_path / "model.safetensors")})
+
+
+def test_what_a_run_saves_gives_the_next_the_same(tmp_path):
+    first = attach({})
+    run(first)
+    first.save(tmp_path)
+    names = json.loads((tmp_path / "selection.json").read_text())["trained"]
+    assert set(names) == set(first.moving())
+    second = attach({"importance": str(tmp_path / "importance.safetensors")})
+    run(second)
+    after = weights(second.model)
+    assert all(torch.equal(tensor, after[name]) for name, tensor in weights(first.model).items())
+
+
+def test_a_checkpoint_brings_its_importance_along(saved):
+    whole, broken, again = attach({}), attach({}), attach({"importance": saved(0.9)})
+    run(whole, 4)
+    optimizer = run(broken, 2)
+    other = torch.optim.AdamW(again.parameter_groups(DECAY), lr=RATE)
+    again.on_phase_begin(other, 4, 4)
+    again.load_state_dict({key: value.clone() for key, value in broken.state_dict().items()})
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    run(again, 2, other, first=2)
+    after = weights(again.model)
+    assert all(torch.equal(tensor, after[name]) for name, tensor in weights(whole.model).items())
+
+
+def test_rows_are_needed_or_a_file():
+    with pytest.raises(InputError, match=r"none to look at here; .*soft_mask: \[\]"):
+        attach({}, rows=None)
+    assert attach({"soft_mask": []}, rows=None).moving()
+
+
+# What does not fit
+
+
+def test_names_that_match_nothing_name_near_ones():
+    with pytest.raises(InputError, match=r"tune\.modules: 'up_prj' matches no linear.*did you mean 'up_proj'"):
+        attach({"modules": ["up_prj"]})
+    with pytest.raises(InputError, match=r"tune\.soft_mask: 'donw_proj' matches"):
+        attach({"soft_mask": ["donw_proj"]})
+    with pytest.raises(InputError, match="'down_proj' is to be held back but does not move"):
+        attach({"modules": ["up_proj"], "soft_mask": ["down_proj"]})
+    with pytest.raises(InputError, match=r"o_proj .*none of the matrices before a unit"):
+        attach({"modules": ["o_proj"]})
+
+
+def test_fused_gate_and_up_are_refused_for_rows_only():
+    config = AutoConfig.for_model("phi3", vocab_size=64, pad_token_id=0, **SHAPE)
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(InputError, match="holds gate and up in one matrix: 96 rows for 48 units"):
+        attach({"modules": ["gate_up_proj"]}, model)
+    with pytest.raises(InputError, match="'up' matches no linear"):
+        attach({"modules": ["up"]}, model)
+    tuned = attach({"modules": ["gate_up_proj", "down_proj"], "soft_mask": ["down_proj"]}, model)
+    assert len(tuned.moving()) == 2 and len(tuned.rows.factors) == 1
+
+
+def test_routed_experts_have_no_units():
+    config = AutoConfig.for_model(
+        "qwen2_moe", vocab_size=64, **SHAPE, num_key_value_heads=4, num_experts=3, moe_intermediate_size=16,
+        shared_expert_intermediate_size=24,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(InputError, match="routed experts"):
+        attach({"modules": ["shared_expert.up_proj"]}, model)
+    assert attach({"modules": ["shared_expert.up_proj"], "soft_mask": []}, model).moving()
+
+
+def test_settings_are_checked():
+    for wrong in ({"dropout": 1}, {"kl_scale": 0}, {"importance_batches": 0}, {"modules": []}, {"importance": []}):
+        with pytest.raises(ValueError, match="CofiTune"):
+            CofiTune(**wrong)
+
+
+# Other models
+
+
+def bert():
+    return AutoModelForSequenceClassification.from_config(BertConfig(vocab_size=64, num_labels=3, **SHAPE))
+
+
+def vit():
+    return ViTForImageClassification(ViTConfig(image_size=8, patch_size=2, num_channels=1, num_labels=3, **SHAPE))
+
+
+@pytest.mark.parametrize("make", [bert, vit])
+def test_encoders_by_structure(make, tmp_path):
+    torch.manual_seed(0)
+    model = make().eval()
+    rows = {"input_ids": torch.randint(1, 64, (3, 9)), "attention_mask": torch.ones(3, 9, dtype=torch.int64)}
+    if make is vit:
+        rows = {"pixel_values": torch.rand(3, 1, 8, 8)}
+    settings = {"modules": ["feed_forward", "attention"], "layers": [2, 3]}
+    tuned = attach(settings, model, lambda: [{**rows, "labels": torch.arange(3)}])
+    assert len(tuned.moving()) == 2 * 5 * 2  # two layers, five linears with their biases
+    assert {k: len(v) for k, v in tuned.importance[3].items()} == UNITS
+    optimizer = torch.optim.AdamW(tuned.parameter_groups(DECAY), lr=RATE)
+    tuned.on_phase_begin(optimizer, 4, 1)
+    model(**rows, labels=torch.arange(3)).loss.backward()
+    tuned.on_grad(0)
+    tuned.on_clipped(0)
+    optimizer.step()
+    tuned.on_step_end(0)
+    assert tuned.save(tmp_path) == "model"
+    loaded = type(model).from_pretrained(tmp_path)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
