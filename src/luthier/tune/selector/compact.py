@@ -59,11 +59,11 @@ class Chosen:
                     _stand_in(module)[key] = self
 
     def write(self) -> None:
-        """Put the values into the weight, if an optimiser has stepped them since."""
-        if self.values._version != self._seen:
-            with torch.no_grad():
-                self.weight.view(-1).index_copy_(0, self.places.long(), self.values.to(self.weight.dtype))
-            self._seen = self.values._version
+        """Put the values into the weight. To be called after each step: fused optimisers leave no trace of having
+        stepped, so nothing else can tell."""
+        with torch.no_grad():
+            self.weight.view(-1).index_copy_(0, self.places.long(), self.values.to(self.weight.dtype))
+        self._seen = self.values._version
 
     def choose(self, places: Tensor) -> tuple[Tensor, Tensor]:
         """Other places from now on. Entries that stay keep their values to the last bit of the vector.
@@ -96,9 +96,10 @@ class Chosen:
 
     def through(self) -> Tensor:
         """The weight, with a backward pass that leads to `values`."""
-        self.write()
         if self.places.device != self.weight.device:  # the model was moved
             self.places = self.places.to(self.weight.device)
+        if self.values._version != self._seen:  # changed by hand
+            self.write()
         if self.weight.requires_grad:  # someone looks at the whole gradient: a score
             return self.weight
         if not (self.values.requires_grad and torch.is_grad_enabled()):

@@ -65,9 +65,14 @@ def competing(slots: Slots, shapes: dict[str, Shape], topology: Topology) -> lis
     return list(groups.values())
 
 
-def select(slots: Slots, view: View) -> dict[str, Tensor]:
-    """Flat places (ascending int64) that the slots choose in each tensor of their scope, by name."""
-    names = slots.scope.names(view.model, view.topology)
+def select(slots: Slots, view: View, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+    """Flat places (ascending int64) that the slots choose in each tensor of their scope, by name.
+
+    Args:
+        names: of the tensors in the scope, told while the plain model was at hand; else the scope is asked.
+    """
+    if names is None:
+        names = slots.scope.names(view.model, view.topology)
     shapes = {name: tuple(view.model.get_parameter(name).shape) for name in names}
     score = slots.score.prepared(view, names)
     found: dict[str, Tensor] = {}
@@ -98,7 +103,7 @@ class EntriesTuned(WholeModel):
         self.slots, self.probe, self.period = slots, probe, 0
         self.steps_per_epoch = 1
         self.steps: int | None = None
-        names = slots.scope.names(model, probe.topology)
+        self.names = names = slots.scope.names(model, probe.topology)
         if not names:
             raise InputError(f"the model has no tensor to choose from ({slots.scope})", where="tune")
         refuse_quantised(settings.method, model, names)
@@ -117,7 +122,7 @@ class EntriesTuned(WholeModel):
 
     def select(self) -> dict[str, Tensor]:
         """The choice from the weights as they are now."""
-        return select(self.slots, View(self.model, self.probe, self.period))
+        return select(self.slots, View(self.model, self.probe, self.period), self.names)
 
     def check(self, found: dict[str, Tensor]) -> None:
         """Refuse a first choice of nothing."""
@@ -247,15 +252,14 @@ class EntriesTuned(WholeModel):
         if names != self.chosen.keys() | self.whole.keys():
             odd = sorted(names ^ (self.chosen.keys() | self.whole.keys()))
             raise InputError(f"the checkpoint holds other parameters than this tuning moves: {', '.join(odd[:6])}")
-        self.write()
         for name, one in self.chosen.items():
+            one.choose(state[f"{name}.places"])
             flat = one.weight.view(-1)
             with torch.no_grad():
                 places, base = self.touched[name]
                 flat[places.long().to(flat.device)] = base.to(flat)
                 self._touch(name, state[f"{name}.touched"])
                 flat[state[f"{name}.touched"].long().to(flat.device)] = like(state[f"{name}.weights"], flat)
-            one.choose(state[f"{name}.places"])
             one.set(like(state[f"{name}.values"], one.values))
         with torch.no_grad():
             for name, parameter in self.whole.items():
