@@ -18,6 +18,7 @@ TUNINGS = [{"method": "full"}, {"method": "full", "train_embeddings": False}, {"
 TUNINGS += [{"method": "lora", "rank": 2, "targets": "attention", "peft": {"use_dora": True}}]
 TUNINGS += [{"method": "hft"}, {"method": "hft", "granularity": "model", "redraw": "epoch", "train_norms": "none"}]
 TUNINGS += [{"method": "lisa", "active_layers": 1, "interval": 1}, {"method": "lisa", "train_embeddings": False}]
+TUNINGS += [{"method": "lt_sft", "density": 0.1, "full": {"min_steps": 1, "max_steps": 1}}]
 
 
 def make():

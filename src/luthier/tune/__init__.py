@@ -15,6 +15,7 @@ METHODS = {
     "lift": "luthier.tune.lift:Lift",
     "lisa": "luthier.tune.lisa:Lisa",
     "lora": "luthier.tune.lora:Lora",
+    "lt_sft": "luthier.tune.lt_sft:LtSft",
 }
 
 _WHERE = {
@@ -26,8 +27,9 @@ _WHERE = {
     "Lift": "luthier.tune.lift",
     "Lisa": "luthier.tune.lisa",
     "Lora": "luthier.tune.lora",
+    "LtSft": "luthier.tune.lt_sft",
 }
-__all__ = ["METHODS", "Full", "Hft", "Lift", "Lisa", "Lora", "Probe", "Tuned", "Tuning"]
+__all__ = ["METHODS", "Full", "Hft", "Lift", "Lisa", "Lora", "LtSft", "Probe", "Tuned", "Tuning"]
 
 if TYPE_CHECKING:
     from luthier.tune.base import Probe, Tuned, Tuning
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from luthier.tune.lift import Lift
     from luthier.tune.lisa import Lisa
     from luthier.tune.lora import Lora
+    from luthier.tune.lt_sft import LtSft
 
 
 def __getattr__(name: str) -> Any:
