@@ -1,4 +1,4 @@
-"""Sparse differences of several jobs on one base, added up and taken off again: against dense state dicts and mergekit."""
+"""Sparse differences of several jobs on one base, added up and taken off: against dense state dicts and mergekit."""
 
 import copy
 
@@ -100,7 +100,7 @@ def test_one_is_taken_off_again(jobs):
 
 
 def test_files_of_differences_add_up_as_their_models_do(tmp_path, jobs):
-    base, one, two, first, _ = jobs
+    base, one, two, _, _ = jobs
     for name, weights in (("base", base), ("one", one), ("two", two)):
         model = llama()
         model.load_state_dict(weights)

@@ -471,7 +471,13 @@ class Rows:
 
 def loop_in(directory, density=0.05, judged=1, **more):
     """Twelve steps on 40 random rows, judged by 8 others, or (`judged=0`) by the first 8 of the same."""
-    settings = {"learning_rate": 1e-2, "effective_batch_size": 8, "max_steps": 12, "save_steps": 2, "eval_steps": 1} | more
+    settings = {
+        "learning_rate": 1e-2,
+        "effective_batch_size": 8,
+        "max_steps": 12,
+        "save_steps": 2,
+        "eval_steps": 1,
+    } | more
     tuned = attach(llama(), density=density, full={"share": 0.5})
     rows = Rows(40, 0), Rows(8, judged)
     return Loop(tuned, Sft(), TrainSettings(**settings), *rows, directory=directory, device="cpu")
