@@ -30,6 +30,10 @@ from luthier.tune.selector.slots import Every, Once, Slots
 ENTRIES = {
     "lift": ({"method": "lift", "density": 0.1, "filter_rank": 4, "interval": 3}, {"density": 1.0}),
     "sara": ({"method": "sara", "density": 0.1}, {"density": 1.0}),
+    "lt_sft": (
+        {"method": "lt_sft", "density": 0.1, "select": "random", "iterations": 2},
+        {"density": 1.0, "iterations": 1},
+    ),
 }
 # Every selective tuning's slots in words, as its specification has them; a list of both where it chooses twice.
 SLOTS = {
@@ -121,6 +125,19 @@ SLOTS = {
             "schedule": "start + every 20 optimiser steps",
             "apply": "requires_grad",
             "on_reselect": "drop",
+        },
+    ),
+    "lt_sft": (
+        {},
+        {
+            "scope": "body parameters that are not frozen",
+            "score": "|change in a full run|",
+            "choose": "top (share 0.08)",
+            "competition": "global",
+            "granularity": "element",
+            "schedule": "after the full phase of each iteration",
+            "apply": "gradient",
+            "on_reselect": "rewind",
         },
     ),
 }

@@ -333,6 +333,8 @@ class Loop:
         self.model.train()
         let_go(self.model)
         mean = _mean(self._add(sums), self._add(units))
+        if not self.tuned.may_end():
+            return mean
         if self.best is None or mean < self.best:
             self.best, self.since_best = mean, 0
             if self.settings.load_best_model_at_end and self.checkpoints:

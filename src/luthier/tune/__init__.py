@@ -17,6 +17,7 @@ METHODS = {
     "lift": "luthier.tune.lift:Lift",
     "lisa": "luthier.tune.lisa:Lisa",
     "lora": "luthier.tune.lora:Lora",
+    "lt_sft": "luthier.tune.lt_sft:LtSft",
     "sara": "luthier.tune.sara:Sara",
 }
 
@@ -28,6 +29,7 @@ _WHERE = {
     "Lift": "luthier.tune.lift",
     "Lisa": "luthier.tune.lisa",
     "Lora": "luthier.tune.lora",
+    "LtSft": "luthier.tune.lt_sft",
     "Probe": "luthier.tune.base",
     "Sara": "luthier.tune.sara",
     "Tuned": "luthier.tune.base",
@@ -42,6 +44,7 @@ __all__ = [
     "Lift",
     "Lisa",
     "Lora",
+    "LtSft",
     "Probe",
     "Sara",
     "Tuned",
@@ -57,6 +60,7 @@ if TYPE_CHECKING:
     from luthier.tune.lift import Lift
     from luthier.tune.lisa import Lisa
     from luthier.tune.lora import Lora
+    from luthier.tune.lt_sft import LtSft
     from luthier.tune.sara import Sara
 
 

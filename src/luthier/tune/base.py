@@ -151,6 +151,11 @@ class Tuned:
         """What the record of the step that has just ended shows of the tuning beside loss and rate, by name."""
         return {}
 
+    def may_end(self) -> bool:
+        """Whether what stands now could be the outcome; only then does a validation count as the best or as patience
+        lost."""
+        return True
+
     def untuned(self) -> AbstractContextManager[Any] | None:
         """A context in which `self.model` computes what the base does; None where that would take a copy of it."""
         return None

@@ -5,7 +5,8 @@
 
 is a whole tuning. `attach` makes the first choice; each later one is made before the step that the schedule names,
 from the weights as they are then, and the optimiser's memory is carried along, reset or dropped as the slot says.
-What was chosen is part of the state: a resumed run has the same choice without scoring again.
+What was chosen is part of the state: a resumed run has the same choice without scoring again. Parameters named `whole`
+move as a whole beside the chosen entries: a new head on an old body.
 
 In several processes every one makes the same choice, as scores depend on weights and seeds alone (or on the same
 batches), and averages the short gradients itself.
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +90,15 @@ def select(slots: Slots, view: View, names: Sequence[str] | None = None) -> dict
 
 
 class EntriesTuned(WholeModel):
-    """A model of which chosen entries move. See `luthier.tune.selector.compact` for how."""
+    """A model of which chosen entries move. See `luthier.tune.selector.compact` for how.
+
+    Args:
+        whole: names of parameters outside the scope that move as a whole.
+    """
 
     averages = True
 
-    def __init__(self, settings: Tuning, model: nn.Module, probe: Probe, slots: Slots):
+    def __init__(self, settings: Tuning, model: nn.Module, probe: Probe, slots: Slots, whole: Sequence[str] = ()):
         refuse_wrapped(settings.method, model)
         self.slots, self.probe, self.period = slots, probe, 0
         self.steps_per_epoch = 1
@@ -104,9 +109,10 @@ class EntriesTuned(WholeModel):
         refuse_quantised(settings.method, model, names)
         self.model = model
         found = self.select()
-        if not any(len(places) for places in found.values()):
-            raise InputError(f"not one entry is chosen ({slots.choose} by {slots.score})", where="tune")
+        self.check(found)
         model.requires_grad_(False)
+        self.whole = {name: model.get_parameter(name).requires_grad_(True) for name in whole}
+        self.whole_base = {name: p.detach().to("cpu", copy=True) for name, p in self.whole.items()}
         self.chosen = {name: Chosen(name, model, found[name]) for name in names}
         # Of each weight the places that were ever chosen, and what the base has there (on the CPU).
         self.touched = {
@@ -118,21 +124,33 @@ class EntriesTuned(WholeModel):
         """The choice from the weights as they are now."""
         return select(self.slots, View(self.model, self.probe, self.period), self.names)
 
+    def check(self, found: dict[str, Tensor]) -> None:
+        """Refuse a first choice of nothing."""
+        if not any(len(places) for places in found.values()):
+            raise InputError(f"not one entry is chosen ({self.slots.choose} by {self.slots.score})", where="tune")
+
     # What moves
 
     def moving(self) -> dict[str, nn.Parameter]:
-        return {name: one.values for name, one in self.chosen.items()}
+        return {name: one.values for name, one in self.chosen.items()} | self.whole
+
+    def stepped(self) -> list[nn.Parameter]:
+        """What is stepped now."""
+        return [*(one.values for one in self.chosen.values()), *self.whole.values()]
 
     def frozen(self) -> dict[str, nn.Parameter]:
         taken = {id(p) for one in self.chosen.values() for p in (one.weight, one.values)}
+        taken |= {id(p) for p in self.whole.values()}
         return {name: p for name, p in self.model.named_parameters() if id(p) not in taken}
 
     def elements(self) -> int:
-        return sum(p.numel() for p in self.frozen().values()) + sum(w.weight.numel() for w in self.chosen.values())
+        rest = [*self.frozen().values(), *self.whole.values()]
+        return sum(p.numel() for p in rest) + sum(one.weight.numel() for one in self.chosen.values())
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        matrices = [one.values for one in self.chosen.values() if one.weight.ndim >= 2]
-        vectors = [one.values for one in self.chosen.values() if one.weight.ndim < 2]
+        dimensions = {id(one.values): one.weight.ndim for one in self.chosen.values()}
+        moving = [(p, dimensions.get(id(p), p.ndim)) for p in self.moving().values()]
+        matrices, vectors = [p for p, ndim in moving if ndim >= 2], [p for p, ndim in moving if ndim < 2]
         groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
         return [group for group in groups if group["params"]]
 
@@ -178,12 +196,16 @@ class EntriesTuned(WholeModel):
                 forget(self.optimizer, [one.values])
 
     def on_grad(self, step: int) -> None:
-        average(one.values for one in self.chosen.values())
+        average(self.stepped())
         if not step:
-            idle = [name for name, one in self.chosen.items() if one.values.grad is None and one.values.numel()]
-            if idle:
-                some = ", ".join(idle[:4]) + (" ..." if len(idle) > 4 else "")
-                _log.warning("%d weights had no gradient in the first step: %s", len(idle), some)
+            self.tell_idle()
+
+    def tell_idle(self) -> None:
+        """Warn of weights that no gradient reaches."""
+        idle = [name for name, one in self.chosen.items() if one.values.grad is None and one.values.numel()]
+        if idle:
+            some = ", ".join(idle[:4]) + (" ..." if len(idle) > 4 else "")
+            _log.warning("%d weights had no gradient in the first step: %s", len(idle), some)
 
     def on_step_end(self, step: int) -> None:
         self.write()
@@ -202,6 +224,7 @@ class EntriesTuned(WholeModel):
                 flat, at = self.chosen[name].weight.view(-1), places.long().to(self.chosen[name].weight.device)
                 now[name] = flat[at]
                 flat[at] = base.to(flat)
+            self._swap_whole()
         try:
             yield
         finally:
@@ -209,6 +232,7 @@ class EntriesTuned(WholeModel):
                 for name, (places, _) in self.touched.items():
                     flat = self.chosen[name].weight.view(-1)
                     flat[places.long().to(flat.device)] = now[name]
+                self._swap_whole()
 
     # What is kept
 
@@ -221,12 +245,12 @@ class EntriesTuned(WholeModel):
             state[f"{name}.values"] = one.values.detach()
             state[f"{name}.touched"] = places
             state[f"{name}.weights"] = one.weight.detach().view(-1)[places.long().to(one.weight.device)]
-        return state
+        return state | {f"{name}.whole": p.detach() for name, p in self.whole.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         names = {key.rpartition(".")[0] for key in state}
-        if names != self.chosen.keys():
-            odd = sorted(names ^ self.chosen.keys())
+        if names != self.chosen.keys() | self.whole.keys():
+            odd = sorted(names ^ (self.chosen.keys() | self.whole.keys()))
             raise InputError(f"the checkpoint holds other parameters than this tuning moves: {', '.join(odd[:6])}")
         for name, one in self.chosen.items():
             one.choose(state[f"{name}.places"])
@@ -237,6 +261,9 @@ class EntriesTuned(WholeModel):
                 self._touch(name, state[f"{name}.touched"])
                 flat[state[f"{name}.touched"].long().to(flat.device)] = like(state[f"{name}.weights"], flat)
             one.set(like(state[f"{name}.values"], one.values))
+        with torch.no_grad():
+            for name, parameter in self.whole.items():
+                parameter.copy_(like(state[f"{name}.whole"], parameter))
 
     def extra_state(self) -> dict[str, Any]:
         return {"period": self.period}
@@ -258,6 +285,10 @@ class EntriesTuned(WholeModel):
     def _shapes(self) -> dict[str, Shape]:
         return {name: tuple(one.weight.shape) for name, one in self.chosen.items()}
 
+    def _swap_whole(self) -> None:
+        for name, parameter in self.whole.items():
+            swap(parameter, self.whole_base[name])
+
     def _touch(self, name: str, places: Tensor) -> None:
         """Remember what the base has at places that are chosen for the first time: nothing has moved there yet."""
         known, base = self.touched[name]
@@ -269,15 +300,32 @@ class EntriesTuned(WholeModel):
             self.touched[name] = every, torch.cat([base, there])[order]
 
 
-def average(parameters: Any) -> None:
-    """Average gradients over processes, where there are several; every one gets the same."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        count = torch.distributed.get_world_size()
-        for parameter in parameters if count > 1 else ():
-            if parameter.grad is None:  # this process had no row for it
+def average(parameters: Iterable[nn.Parameter]) -> None:
+    """Average gradients over processes, where there are several; every one gets the same.
+
+    A process that had no row for a parameter counts as zero; where none had one, there is no gradient.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    count, held = torch.distributed.get_world_size(), list(parameters)
+    if count == 1 or not held:
+        return
+    some = torch.tensor([float(p.grad is not None) for p in held], device=held[0].device)
+    torch.distributed.all_reduce(some)
+    for parameter, had in zip(held, some.tolist(), strict=True):
+        if had:
+            if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             torch.distributed.all_reduce(parameter.grad)
             parameter.grad /= count
+
+
+@torch.no_grad()
+def swap(parameter: Tensor, kept: Tensor) -> None:
+    """Exchange the values of two tensors of one type and shape, wherever they are."""
+    now = parameter.detach().to(kept.device, copy=True)
+    parameter.copy_(kept)
+    kept.copy_(now)
 
 
 def _carry(optimizer: torch.optim.Optimizer, values: nn.Parameter, stays: Tensor, came: Tensor) -> None:

@@ -51,10 +51,12 @@ class Body:
 
     norms: bool = False
     embeddings: bool = True
+    exclude: tuple[str, ...] = ()
 
     def names(self, model: nn.Module, topology: Topology) -> list[str]:
         out = {"head"} | (set() if self.norms else {"norm"}) | (set() if self.embeddings else {"embedding"})
-        return [n for n, p in model.named_parameters() if p.is_floating_point() and topology.region(n)[0] not in out]
+        names = [n for n, p in model.named_parameters() if p.is_floating_point() and topology.region(n)[0] not in out]
+        return matching(names, (), self.exclude)
 
     def __str__(self) -> str:
         return "body parameters that are not frozen"
