@@ -182,26 +182,31 @@ class GreenTuned(TensorsTuned):
         self.ledger = Ledger()
         self._step = 0
         self._probing = False
-        self._stop_counting: Callable[[], None] = lambda: None
+        self._undo: list[Callable[[], None]] = []  # of the hooks of a phase
 
     def on_phase_begin(self, optimizer: torch.optim.Optimizer, steps_per_epoch: int, steps: int | None = None) -> None:
         super().on_phase_begin(optimizer, steps_per_epoch, steps)
+        self._undo_hooks()
         if recomputes(self.model):
-            _free_the_input(self.model)
+            self._undo = _end_early(self.model, self.probe.topology)
 
         def passes(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             if torch.is_grad_enabled() and not self._probing:
                 self.ledger.passed(input_size(module, args, kwargs))
 
-        self._stop_counting()
-        self._stop_counting = self.model.register_forward_pre_hook(passes, with_kwargs=True).remove
+        self._undo.append(self.model.register_forward_pre_hook(passes, with_kwargs=True).remove)
 
     def on_step_begin(self, step: int) -> None:
         self._step = step
         super().on_step_begin(step)
 
     def on_phase_end(self) -> None:
-        self._stop_counting()
+        self._undo_hooks()
+
+    def _undo_hooks(self) -> None:
+        for undo in self._undo:
+            undo()
+        self._undo = []
 
     def choose(self, period: int) -> set[int]:
         self._probing = True
@@ -286,16 +291,21 @@ def _agreed(found: list[int]) -> list[int]:
     return found
 
 
-def _free_the_input(model: Any) -> None:
-    """Under gradient checkpointing, let the backward pass end at the earliest tensor that moves.
+def _end_early(model: nn.Module, topology: Topology) -> list[Callable[[], None]]:
+    """Under gradient checkpointing, let the backward pass end at the earliest tensor that moves; how to undo it.
 
-    Whoever turns it on may also have asked for gradients of the model's input, so that the whole way down is paid.
+    Whoever turns checkpointing on also asks for gradients of the embeddings' output, so that all of the way is paid.
     """
     kept = [getattr(module, "_gradient_checkpointing_func", None) for module in model.modules()]
     if any(getattr(func, "keywords", {}).get("use_reentrant", False) for func in kept):
         raise InputError(
             "reentrant gradient checkpointing needs gradients of the input, so nothing of the backward pass is saved",
             where="tune.method",
-            fix='gradient_checkpointing_kwargs: {"use_reentrant": false}, or none',
+            fix="turn it on with use_reentrant: false, or leave it off",
         )
-    model.disable_input_require_grads()
+
+    def cut(module: nn.Module, args: Any, output: Any) -> Any:
+        rests = isinstance(output, torch.Tensor) and not any(p.requires_grad for p in module.parameters())
+        return output.detach() if rests else output
+
+    return [model.get_submodule(path).register_forward_hook(cut).remove for path in topology.embeddings]

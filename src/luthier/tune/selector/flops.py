@@ -200,8 +200,8 @@ def _costs(
     elif region == "expert" and tensor.ndim >= 2:
         cost = use.rows * experts_of_a_token(model, tensor.shape[0]) / tensor.shape[0] * tensor.numel()
     else:
-        cost = float(use.rows) * tensor.numel()
-        if region != "router":
+        cost = float(use.rows) * tensor.numel()  # a vector, too: one number for each position and entry
+        if region != "router" and tensor.ndim >= 2:
             warnings.warn(
                 f"{path or 'the model itself'} ({type(module).__name__}) is of no kind whose cost is known; "
                 f"its {name} counts as the weight of a linear",
