@@ -78,7 +78,9 @@ def read(path: Path | str) -> OfficialSft:
         keys = ", ".join(map(str, whole)) if isinstance(whole, Mapping) else type(whole).__name__
         raise InputError(f"is no sparse fine-tuning with `diffs` and `abs`; it holds {keys}", where=str(path))
     try:
-        diffs = {str(n): decode(one["size"], one["index_steps"], one["values"]) for n, one in whole["diffs"].items()}
+        diffs = {
+            str(n): decode(one["size"], one["index_steps"], one["values"]) for n, one in whole.get("diffs", {}).items()
+        }
         absolute = {str(name): tensor.detach() for name, tensor in whole.get("abs", {}).items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"is damaged: {type(error).__name__} {error}", where=str(path)) from error
@@ -116,7 +118,7 @@ def decode(size: Sequence[int], index_steps: Sequence[int] | Tensor, values: Ten
 def add(
     base: Mapping[str, Tensor], found: OfficialSft, *, with_abs: bool = True, scale: float = 1.0
 ) -> dict[str, Tensor]:
-    """base + scale x differences, and the whole parameters in place of the base's; all other tensors are the base's own.
+    """base + scale x differences, and the whole parameters in place of the base's; all others are the base's own.
 
     Raises `InputError` naming what the base lacks (the head of another kind of model) or has in another shape.
     """
