@@ -76,7 +76,8 @@ def loop_in(directory, method):
     else:
         config = LlamaConfig(**shape, num_attention_heads=4)
     model = AutoModelForCausalLM.from_config(config)
-    tuning = {"method": "lisa", "active_layers": 1, "interval": 3} if method == "lisa" else method
+    more = {"lisa": {"active_layers": 1, "interval": 3}, "lt_sft": {"density": 0.2, "full": {"share": 0.3}}}
+    tuning = {"method": method} | more[method] if method in more else method
     tuned = build("tune", tuning).attach(model, Probe(Topology.of(model)))
     settings = TrainSettings(
         effective_batch_size=8,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from luthier.objectives import Sft
 from luthier.train import Loop, TrainSettings
 from luthier.train.probing import probe_of
 from luthier.tune import Tuned, Tuning
-from luthier.worlds.facts import Facts
+from luthier.worlds.facts import SUBJECTS, Facts
 
 
 def teach(
@@ -27,8 +27,9 @@ def teach(
     learning_rate: float = 1e-3,
     steps: int = 300,
     seed: int = 0,
+    subjects: Sequence[int] = range(SUBJECTS),
 ) -> tuple[nn.Module, Loop]:
-    """A copy of `base` after `steps` AdamW steps of 60 rows on the facts of `relations`, and the loop that made it.
+    """A copy of `base` after `steps` AdamW steps of 60 rows on these facts, and the loop that made it.
 
     60 rows rather than 64, so that 120 facts are two whole steps. The rate is constant, without warm-up.
     """
@@ -41,7 +42,7 @@ def teach(
         lr_scheduler_type="constant",
         warmup_steps=0,
     )
-    rows = world.examples(relations)
+    rows = world.examples(relations, subjects)
     probe = probe_of(Topology.of(model), Sft(), settings, rows, seed=seed)
     tuned: Tuned = build("tune", tuning).attach(model, probe)  # type: ignore[attr-defined]
     loop = Loop(tuned, Sft(), settings, rows, seed=seed, device="cpu")

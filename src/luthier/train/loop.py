@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -118,6 +119,11 @@ class Loop:
         # Together, so that FSDP2 can exchange the optimiser's parameters for their shards.
         optimizer = make_optimizer(tuned, settings, self.learning_rate)
         if tuned.averages:
+            if self.accelerator.distributed_type == DistributedType.FSDP:
+                raise InputError(
+                    f"tune.method {tuned.settings.method!r} steps parts of whole weights, and FSDP would cut them up",
+                    fix="launch without FSDP, or take lora",
+                )
             self.model = self.accelerator.prepare_model(tuned.model, evaluation_mode=True)
             self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         else:

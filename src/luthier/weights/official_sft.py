@@ -78,7 +78,9 @@ def read(path: Path | str) -> OfficialSft:
         keys = ", ".join(map(str, whole)) if isinstance(whole, Mapping) else type(whole).__name__
         raise InputError(f"is no sparse fine-tuning with `diffs` and `abs`; it holds {keys}", where=str(path))
     try:
-        diffs = {str(n): decode(one["size"], one["index_steps"], one["values"]) for n, one in whole["diffs"].items()}
+        diffs = {
+            str(n): decode(one["size"], one["index_steps"], one["values"]) for n, one in whole.get("diffs", {}).items()
+        }
         absolute = {str(name): tensor.detach() for name, tensor in whole.get("abs", {}).items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"is damaged: {type(error).__name__} {error}", where=str(path)) from error

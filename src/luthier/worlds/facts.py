@@ -51,15 +51,17 @@ class Facts:
 
     seed: int = 0
 
-    def triples(self, relations: Iterable[int]) -> list[tuple[int, int, int]]:
-        """Token ids (subject, relation, object) of all facts of `relations`, 120 each."""
+    def triples(
+        self, relations: Iterable[int], subjects: Sequence[int] = range(SUBJECTS)
+    ) -> list[tuple[int, int, int]]:
+        """Token ids (subject, relation, object) of all facts of `relations`, one for each of `subjects`."""
         objects = np.random.default_rng([self.seed, 1]).integers(0, OBJECTS, (RELATIONS, SUBJECTS))
         first_object = SUBJECTS + RELATIONS
-        return [(s, SUBJECTS + r, first_object + int(objects[r, s])) for r in relations for s in range(SUBJECTS)]
+        return [(s, SUBJECTS + r, first_object + int(objects[r, s])) for r in relations for s in subjects]
 
-    def examples(self, relations: Iterable[int]) -> FactRows:
-        """The facts of `relations` as rows to train on."""
-        return FactRows(self.triples(relations))
+    def examples(self, relations: Iterable[int], subjects: Sequence[int] = range(SUBJECTS)) -> FactRows:
+        """These facts as rows to train on."""
+        return FactRows(self.triples(relations, subjects))
 
     def pretrained(self, relations: Iterable[int] = range(7), *, blocks: int = 4, steps: int = 900) -> LlamaForCausalLM:
         """A model that knows the facts of `relations` (AdamW, rate 3e-3, batches of 256), in evaluation mode."""
@@ -77,9 +79,11 @@ class Facts:
         return model.eval()
 
     @torch.no_grad()
-    def recall(self, model: nn.Module, relations: Iterable[int]) -> tuple[float, float]:
+    def recall(
+        self, model: nn.Module, relations: Iterable[int], subjects: Sequence[int] = range(SUBJECTS)
+    ) -> tuple[float, float]:
         """(share of these facts whose most probable next token is the right one, mean loss in nats)."""
-        rows = torch.tensor(self.triples(relations))
+        rows = torch.tensor(self.triples(relations, subjects))
         caller: Any = model
         logits = caller(input_ids=rows[:, :2], use_cache=False).logits[:, -1].float()
         right = (logits.argmax(-1) == rows[:, 2]).float().mean()

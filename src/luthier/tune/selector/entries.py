@@ -111,7 +111,9 @@ class EntriesTuned(WholeModel):
         found = self.select()
         self.check(found)
         model.requires_grad_(False)
-        self.whole = {name: model.get_parameter(name).requires_grad_(True) for name in whole}
+        self.whole = {name: model.get_parameter(name) for name in whole}
+        for parameter in self.whole.values():
+            parameter.requires_grad_(True)
         self.whole_base = {name: p.detach().to("cpu", copy=True) for name, p in self.whole.items()}
         self.chosen = {name: Chosen(name, model, found[name]) for name in names}
         # Of each weight the places that were ever chosen, and what the base has there (on the CPU).
