@@ -71,6 +71,19 @@ SLOTS = {
             "on_reselect": "drop",
         },
     ),
+    "mask_tuning": (
+        {},
+        {
+            "scope": "attention weights of the image encoder",
+            "score": "learned R",
+            "choose": "above threshold 0.005",
+            "competition": "none",
+            "granularity": "element",
+            "schedule": "every forward",
+            "apply": "weight",
+            "on_reselect": "keep",
+        },
+    ),
 }
 
 

@@ -15,6 +15,7 @@ METHODS = {
     "lift": "luthier.tune.lift:Lift",
     "lisa": "luthier.tune.lisa:Lisa",
     "lora": "luthier.tune.lora:Lora",
+    "mask_tuning": "luthier.tune.mask_tuning:MaskTuning",
 }
 
 _WHERE = {
@@ -26,8 +27,9 @@ _WHERE = {
     "Lift": "luthier.tune.lift",
     "Lisa": "luthier.tune.lisa",
     "Lora": "luthier.tune.lora",
+    "MaskTuning": "luthier.tune.mask_tuning",
 }
-__all__ = ["METHODS", "Full", "Hft", "Lift", "Lisa", "Lora", "Probe", "Tuned", "Tuning"]
+__all__ = ["METHODS", "Full", "Hft", "Lift", "Lisa", "Lora", "MaskTuning", "Probe", "Tuned", "Tuning"]
 
 if TYPE_CHECKING:
     from luthier.tune.base import Probe, Tuned, Tuning
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from luthier.tune.lift import Lift
     from luthier.tune.lisa import Lisa
     from luthier.tune.lora import Lora
+    from luthier.tune.mask_tuning import MaskTuning
 
 
 def __getattr__(name: str) -> Any:

@@ -26,8 +26,9 @@ from luthier.errors import InputError
 from luthier.models.shards import is_sharded, like
 from luthier.models.topology import Topology
 from luthier.tune.base import Probe, Tuned, Tuning
-from luthier.tune.selector.compact import Chosen, release
+from luthier.tune.selector.compact import Chosen
 from luthier.tune.selector.slots import Shape, Slots, View
+from luthier.tune.selector.stand_in import release
 from luthier.tune.whole import WholeModel, forget, refuse_quantised, refuse_wrapped
 from luthier.weights.selection import Selection
 
@@ -267,13 +268,22 @@ class EntriesTuned(WholeModel):
 
 def average(parameters: Any) -> None:
     """Average gradients over processes, where there are several; every one gets the same."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        count = torch.distributed.get_world_size()
-        for parameter in parameters if count > 1 else ():
-            if parameter.grad is None:  # this process had no row for it
-                parameter.grad = torch.zeros_like(parameter)
-            torch.distributed.all_reduce(parameter.grad)
-            parameter.grad /= count
+    for parameter in parameters if _processes() > 1 else ():
+        if parameter.grad is None:  # this process had no row for it
+            parameter.grad = torch.zeros_like(parameter)
+        average_tensor(parameter.grad)
+
+
+def average_tensor(tensor: Tensor) -> None:
+    """Average one tensor over processes, in place; every process must come here with one of this shape."""
+    if _processes() > 1:
+        torch.distributed.all_reduce(tensor)
+        tensor /= _processes()
+
+
+def _processes() -> int:
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if there else 1
 
 
 def _carry(optimizer: torch.optim.Optimizer, values: nn.Parameter, stays: Tensor, came: Tensor) -> None:
