@@ -44,8 +44,8 @@ class Chosen(StandIn):
         self.values = nn.Parameter(self._read())
         self.register(model, self.values)
 
-    def write(self) -> None:
-        if self.stepped():
+    def write(self, anyway: bool = False) -> None:
+        if self.stepped() or anyway:
             with torch.no_grad():
                 self.weight.view(-1).index_copy_(0, self.places.long(), self.values.to(self.weight.dtype))
 
@@ -56,7 +56,7 @@ class Chosen(StandIn):
             stays: (n,) bool, which of the new places were chosen before; came: (n,) int64, where they stood (any
             number where they did not).
         """
-        self.write()
+        self.write(anyway=True)
         old, before = self.places, self.values.detach()
         self._set_places(places)
         if len(old):

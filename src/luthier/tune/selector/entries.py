@@ -187,7 +187,7 @@ class EntriesTuned(WholeModel):
     def write(self) -> None:
         """See that the weights hold what the optimiser has stepped."""
         for one in self.chosen.values():
-            one.write()
+            one.write(anyway=True)
 
     @contextlib.contextmanager
     def untuned(self) -> Iterator[None]:

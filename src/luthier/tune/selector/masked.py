@@ -62,12 +62,12 @@ class Masked(StandIn):
         self._seen = -1
         self.write()
 
-    def write(self) -> None:
+    def write(self, anyway: bool = False) -> None:
         """See that the weight is dropped where the scores say so. `InputError` if they have lost their type."""
         _refuse_short(self.name, self.scores)
         if self.places.device != self.weight.device:  # the model was moved
             self.places, self.hidden = self.places.to(self.weight.device), self.hidden.to(self.weight.device)
-        if self.stepped():
+        if self.stepped() or anyway:
             dropped = (~self.mask()).view(-1).nonzero()[:, 0]
             flat = self.weight.detach().view(-1)
             flat.index_copy_(0, self.places.long(), self.hidden.to(flat.dtype))
@@ -91,7 +91,7 @@ class Masked(StandIn):
 
     def fold(self) -> Tensor:
         """The weight with the mask in it; the mask is gone from the model once `release` is called."""
-        self.write()
+        self.write(anyway=True)
         return self.weight
 
     def led(self) -> Tensor:
@@ -197,7 +197,7 @@ class MaskedTuned(WholeModel):
     def write(self) -> None:
         """See that the weights are dropped where the scores say so."""
         for one in self.masked.values():
-            one.write()
+            one.write(anyway=True)
 
     @contextlib.contextmanager
     def untuned(self) -> Iterator[None]:

@@ -68,19 +68,21 @@ class StandIn:
         self._seen = trained._version
 
     def stepped(self) -> bool:
-        """Whether anything has been written into the trained tensor since this was last asked."""
+        """Whether something has been written into the trained tensor since this was last asked, as far as torch tells:
+        a fused optimiser's step does not count as one."""
         seen, self._seen = self._seen, self.trained._version
         return seen != self._seen
 
-    def write(self) -> None:
-        """Put what the trained tensor says into the weight, if an optimiser has stepped it since."""
+    def write(self, anyway: bool = False) -> None:
+        """Put what the trained tensor says into the weight, if it was stepped since; `anyway` also if torch cannot
+        tell, as after every step of an optimiser."""
         raise NotImplementedError
 
     def set(self, values: Tensor) -> None:
         """These values, into the trained tensor and, by what they say, into the weight."""
         with torch.no_grad():
             self.trained.copy_(values)
-        self.write()
+        self.write(anyway=True)
 
     def led(self) -> Tensor:
         """The weight as it is, with a backward pass that leads to the trained tensor."""
@@ -97,7 +99,7 @@ class StandIn:
 
     def detach(self) -> None:
         """Leave the module as it was, with what was trained in the weight."""
-        self.write()
+        self.write(anyway=True)
         self._owner._parameters.pop(self._attribute, None)
 
     def place_type(self) -> torch.dtype:
