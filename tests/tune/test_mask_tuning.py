@@ -520,6 +520,8 @@ def test_a_language_model_in_the_loop(tmp_path):
     whole, records = loop()
     assert records[-1].loss < records[0].loss and 0 < whole.tuned.dropped() < 0.5
     assert records[0].metrics["anchor_loss"] > 0
+    kept, base, after = whole.tuned.selection(), weights(llama()), weights(whole.tuned.model)
+    assert same(after, {n: w * kept.mask(n) if n in kept else w for n, w in base.items()})  # by a fused optimiser
     _, small = loop(tokens=18)
     assert [r.loss for r in small[:3]] == pytest.approx([r.loss for r in records[:3]], rel=1e-4)
     loop(until=5, directory=tmp_path)

@@ -12,14 +12,10 @@ import copy
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
-from luthier.models.modes import evaluating
-from luthier.models.topology import Topology
-from luthier.objectives.anchor import anchor_loss
 from luthier.proofs.base import Claim, Measurements, Proof, count, mean
-from luthier.proofs.vision_bench import ClassReader, VisionBench, train
-from luthier.tune import MaskTuning, Probe
+from luthier.proofs.vision_bench import ClassReader, VisionBench, train, tune
+from luthier.tune import MaskTuning
 from luthier.tune.mask_tuning import MaskTuned
 
 RATE = 8e-5
@@ -38,7 +34,8 @@ def prove(seed: int) -> Measurements:
     judge("probe", train(Probed(bench.base), bench.batches(), 1e-3))
     for arm, dropout in ARMS.items():
         settings = MaskTuning.model_validate({"grad_dropout": dropout, "seed": seed})
-        tuned = tune(bench, settings)
+        tuned = tune(copy.deepcopy(bench.base), settings, bench.batches(), RATE, seed)
+        assert isinstance(tuned, MaskTuned)
         found[f"dropped/{arm}"] = tuned.dropped()
         model = tuned.merged()
         found[f"same/{arm}"] = _only_dropped(bench.base, model)
@@ -58,33 +55,6 @@ class Probed(nn.Module):
 
     def forward(self, pictures: torch.Tensor) -> torch.Tensor:
         return self.read(self.base.features(pictures))
-
-
-def tune(bench: VisionBench, settings: MaskTuning) -> MaskTuned:
-    """A copy of the reader under masks, after 300 steps on the few pictures."""
-    model = copy.deepcopy(bench.base)
-    tuned = settings.attach(model, Probe(Topology.of(model), bench.seed))
-    assert isinstance(tuned, MaskTuned)
-    optimizer = torch.optim.Adam(tuned.parameter_groups(0.0), lr=RATE)
-    tuned.on_phase_begin(optimizer, 1, 300)
-    model.train()
-    for step, (pictures, labels) in enumerate(bench.batches()):
-        tuned.on_step_begin(step)
-        anchor = None
-        if tuned.anchor:
-            with torch.no_grad(), evaluating(model), tuned.untuned():
-                base = model(pictures)
-        logits = model(pictures)
-        if tuned.anchor:
-            anchor = anchor_loss(logits, base, tuned.anchor.temperature, tuned.anchor.alpha).mean()
-        tuned.backward(F.cross_entropy(logits, labels), anchor)
-        tuned.on_grad(step)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        tuned.on_step_end(step)
-    tuned.on_phase_end()
-    model.eval()
-    return tuned
 
 
 def _only_dropped(base: nn.Module, tuned: nn.Module) -> float:

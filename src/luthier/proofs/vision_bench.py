@@ -7,7 +7,8 @@
 
 The reader is a vision transformer of transformers (2 blocks, 64 wide, 16 patches of 2 by 2), the mean over its
 patches, and a projection to 32 numbers; its logits are 10 times the cosines with 10 orthonormal class vectors, which
-stand where CLIP has the features of class names. `steps` makes training batches, `train` a plain training.
+stand where CLIP has the features of class names. `steps` makes training batches, `train` a plain training,
+`tune` one under any tuning.
 
 `PairReader` is the same with a true pair model (CLIP's architecture, tiny), whose class vectors come from its own text
 tower.
@@ -15,14 +16,19 @@ tower.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, ViTConfig, ViTModel
 
+from luthier.models.modes import evaluating
+from luthier.models.topology import Topology
+from luthier.objectives.anchor import anchor_loss
 from luthier.objectives.cosine import class_vectors, cosine_logits
+from luthier.tune.base import Probe, Tuned, Tuning
 from luthier.worlds.digits import accuracy, digits
 
 PRETRAINED, SHOTS, SCALE = 900, 8, 10.0
@@ -80,7 +86,7 @@ def steps(data: Labelled, count: int, batch: int, draw: torch.Generator) -> Iter
         yield data[0][chosen], data[1][chosen]
 
 
-def train(model: nn.Module, batches: Iterator[Labelled], rate: float) -> nn.Module:
+def train(model: nn.Module, batches: Iterable[Labelled], rate: float) -> nn.Module:
     """Train what has a gradient with AdamW, in place; returns the model in evaluation mode."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
     model.train()
@@ -89,6 +95,34 @@ def train(model: nn.Module, batches: Iterator[Labelled], rate: float) -> nn.Modu
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return model.eval()
+
+
+def tune(model: nn.Module, tuning: Tuning, batches: Iterable[Labelled], rate: float, seed: int = 0) -> Tuned:
+    """Attach a tuning to a classifier and train with Adam at a constant rate, without decay; in evaluation mode after.
+
+    This is how any loop of a classifier's drives a tuning that wants a second loss, the anchor to the base.
+    """
+    tuned = tuning.attach(model, Probe(Topology.of(model), seed))
+    optimizer = torch.optim.Adam(tuned.parameter_groups(0.0), lr=rate)
+    tuned.on_phase_begin(optimizer, 1)
+    model.train()
+    for step, (pictures, labels) in enumerate(batches):
+        tuned.on_step_begin(step)
+        if tuned.anchor:
+            with torch.no_grad(), evaluating(model), tuned.untuned() or nullcontext():
+                base = model(pictures)
+        logits, anchor = model(pictures), None
+        if tuned.anchor:
+            anchor = anchor_loss(logits, base, tuned.anchor.temperature, tuned.anchor.alpha).mean()
+        tuned.backward(F.cross_entropy(logits, labels), anchor)
+        tuned.on_grad(step)
+        tuned.on_clipped(step)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        tuned.on_step_end(step)
+    tuned.on_phase_end()
+    model.eval()
+    return tuned
 
 
 class VisionBench:
@@ -106,7 +140,8 @@ class VisionBench:
         self.few: Labelled = blurred(unseen[few], draw), names[few]
         self._kept: Labelled = mixed(test, draw), answers
         self._shifted: Labelled = blurred(test, draw), answers
-        self.base = train(ClassReader(seed), steps(seen, 500, 64, draw), 1e-3)
+        self.base = ClassReader(seed)
+        train(self.base, steps(seen, 500, 64, draw), 1e-3)
         self.seed = seed
 
     def batches(self, count: int = 300) -> Iterator[Labelled]:
@@ -155,11 +190,12 @@ class PairReader(nn.Module):
 
     def __init__(self, seed: int):
         super().__init__()
-        self.pair, self.vectors = pair_model(seed), None
+        self.pair = pair_model(seed)
+        self.vectors: Tensor | None = None
 
     def fix(self) -> PairReader:
         with torch.no_grad():
-            self.vectors: Tensor | None = text_vectors(self.pair)
+            self.vectors = text_vectors(self.pair)
         return self
 
     def forward(self, pictures: Tensor) -> Tensor:
