@@ -168,3 +168,11 @@ def test_settings_are_checked():
     written = MaskTuning.model_validate({"grad_dropout": {"lambda": 0.3}}).model_dump(mode="json")
     assert written["grad_dropout"]["lambda"] == 0.3
     assert MaskTuning.model_validate(written).grad_dropout.lam == 0.3
+
+
+@pytest.mark.parametrize("settings", [{}, {"targets": "all"}, {"targets": ["q_proj"], "patch_embed": False}])
+def test_planned_counts_without_weights(settings):
+    with torch.device("meta"):
+        model = llama()
+    tuned = attach(llama(), **settings)
+    assert MaskTuning(**settings).planned(model, Topology.of(model)) == sum(p.numel() for p in tuned.moving().values())

@@ -317,14 +317,6 @@ def test_of_other_models_their_own_blocks():
     }
 
 
-@pytest.mark.parametrize("settings", [{}, {"targets": "all"}, {"targets": ["q_proj"], "patch_embed": False}])
-def test_planned_counts_without_weights(settings):
-    with torch.device("meta"):
-        model = llama()
-    tuned = attach(llama(), **settings)
-    assert MaskTuning(**settings).planned(model, Topology.of(model)) == sum(p.numel() for p in tuned.moving().values())
-
-
 def test_nothing_to_mask_is_refused_with_near_names():
     with pytest.raises(InputError, match="did you mean 'q_proj'"):
         attach(llama(), targets=["q_prj"])
