@@ -5,9 +5,10 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainerCallback, TrainingArguments
 
+from luthier.errors import InputError
 from luthier.models.topology import Topology
 from luthier.train import TuningCallback
-from luthier.tune import CofiTune, Hft, Lisa, Probe
+from luthier.tune import CofiTune, Hft, Lisa, MaskTuning, Probe
 from luthier.tune.lisa import draw
 from luthier.tune.selector.importance_score import save_importance
 from luthier.worlds import tiny
@@ -130,3 +131,41 @@ def test_cofitune_in_trls_sft_trainer(tmp_path):
     trainer.train()
     for name, p in tuned.model.named_parameters():
         assert torch.equal(p, before[name]) == (name not in tuned.moving())
+
+
+def test_masks_in_transformers_trainer_and_its_checkpoint(tmp_path):
+    """Folded: what the Trainer itself saves is the masked model, and a tuning that wants two losses says so."""
+    tuned = MaskTuning(targets="all", grad_dropout={"enabled": False}).attach(base := model(), Probe(Topology.of(base)))
+    before = {name: p.detach().clone() for name, p in model().state_dict().items()}
+    args = TrainingArguments(**arguments(tmp_path, weight_decay=0.1, learning_rate=2e-3))
+    trainer = Trainer(model=tuned.model, args=args, train_dataset=rows(), callbacks=[TuningCallback(tuned)])
+    trainer.train()
+    trainer.save_model(tmp_path / "saved")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").state_dict()
+    kept = tuned.selection()
+    assert 0 < tuned.dropped() < 1 and saved.keys() == before.keys()
+    for name, value in before.items():
+        assert torch.equal(saved[name], value * kept.mask(name) if name in kept else value), name
+    other = MaskTuning().attach(base := model(), Probe(Topology.of(base)))
+    trainer = Trainer(model=other.model, args=args, train_dataset=rows(), callbacks=[TuningCallback(other)])
+    with pytest.raises(InputError, match="two losses"):
+        trainer.train()
+
+
+def test_masks_in_trls_sft_trainer(tmp_path):
+    trl = pytest.importorskip("trl")
+    from transformers import AutoTokenizer
+
+    base = AutoModelForCausalLM.from_pretrained(tiny.folder())
+    tuned = MaskTuning(grad_dropout={"enabled": False}).attach(base, Probe(Topology.of(base)))
+    args = trl.SFTConfig(**arguments(tmp_path, bf16=False, max_length=64, learning_rate=2e-3))
+    data = Dataset.from_dict({"prompt": ["What is 2 + 2?"] * 40, "completion": [" 4"] * 40})
+    trainer = trl.SFTTrainer(
+        model=tuned.model,
+        args=args,
+        train_dataset=data,
+        processing_class=AutoTokenizer.from_pretrained(tiny.folder()),
+        callbacks=[TuningCallback(tuned)],
+    )
+    trainer.train()
+    assert 0 < tuned.dropped() < 1

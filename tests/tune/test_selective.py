@@ -140,6 +140,19 @@ SLOTS = {
             "on_reselect": "rewind",
         },
     ),
+    "mask_tuning": (
+        {},
+        {
+            "scope": "attention weights of the image encoder",
+            "score": "learned R",
+            "choose": "above threshold 0.005",
+            "competition": "none",
+            "granularity": "element",
+            "schedule": "every forward",
+            "apply": "weight",
+            "on_reselect": "keep",
+        },
+    ),
 }
 
 
@@ -365,6 +378,20 @@ class TestEntries:
         assert all(torch.equal(value, tuned.model.state_dict()[key]) for key, value in loaded.state_dict().items())
         plain = tuned.merged()
         assert set(dict(plain.named_parameters())) <= keys and type(plain) is type(model)
+
+    def test_a_fused_optimiser_steps_the_weights_too(self, name):
+        """Its steps leave no trace in the versions of tensors."""
+        after = []
+        for fused in (True, False):
+            tuned = attach(ENTRIES[name][0])
+            optimizer = torch.optim.AdamW(tuned.parameter_groups(0.0), lr=1e-2, fused=fused)
+            tuned.on_phase_begin(optimizer, 4, 12)
+            run(tuned, 4, optimizer=optimizer)
+            after.append(weights(tuned.model))
+        base = weights(llama())
+        assert any(not torch.equal(value, base[key]) for key, value in after[0].items())
+        for key, value in after[0].items():
+            torch.testing.assert_close(value, after[1][key], rtol=0, atol=1e-6, msg=key)
 
     def test_16_bit_weights_are_stepped_in_32(self, name):
         tuned = attach(ENTRIES[name][0], model=llama().bfloat16())

@@ -25,6 +25,9 @@ TUNINGS += [{"method": "greentrainer", "rho": 0.8, "interval": 1, "interval_unit
 TUNINGS += [{"method": "cofitune", "layers": "0%:50%"}, {"method": "cofitune", "layers": [1], "soft_mask": []}]
 TUNINGS += [{"method": "cofitune", "layers": [0, 1], "modules": ["attention", "feed_forward"], "apply": "update"}]
 TUNINGS += [{"method": "lt_sft", "density": 0.1, "full": {"min_steps": 1, "max_steps": 1}}]
+TUNINGS += [
+    {"method": "mask_tuning", "targets": kind, "grad_dropout": {"enabled": False}} for kind in ("attention", "all")
+]
 
 
 def make():

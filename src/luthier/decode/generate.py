@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from luthier.data.templates import end_token_ids
-from luthier.decode.inputs import check_ids, context_length, evaluating
+from luthier.decode.inputs import check_ids, context_length
 from luthier.errors import InputError
+from luthier.models.modes import evaluating
 
 Progress = Callable[[int, int], None]
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -33,14 +32,3 @@ def check_ids(model: nn.Module, ids: Sequence[Sequence[int]], what: str, *, empt
                 where=f"{what} {number}",
                 fix="use the model's own tokenizer",
             )
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout) while open; the mode it had afterwards."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from luthier.decode.inputs import check_ids, context_length, evaluating
+from luthier.decode.inputs import check_ids, context_length
 from luthier.errors import InputError
+from luthier.models.modes import evaluating
 
 LOGIT_BYTES = 256 * 2**20  # float32 logits of one batch
 

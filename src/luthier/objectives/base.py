@@ -19,7 +19,7 @@ tokens into sums.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from luthier.data.encode import Encoded
 from luthier.methods import Method
+from luthier.objectives.anchor import BaseAnchor
 from luthier.objectives.batch import Batch, part
 from luthier.objectives.logprobs import TokenLogprobs, token_logprobs
 
@@ -42,11 +43,22 @@ class Loss:
             with any weight of this part of the objective in it.
         units: by unit, how many were summed; equals `Objective.units(batch)`.
         metrics: named (sum, weight) pairs without gradient; the loop reports sum of sums over sum of weights.
+        anchor: a second loss that a tuning asked for, beside these sums and in none of them: scalar float32 with
+            gradient, the SUM over the labelled tokens of the plain part of the batch; None unless asked.
     """
 
     sums: dict[str, Tensor]
     units: dict[str, float]
     metrics: dict[str, tuple[float, float]] = field(default_factory=dict)
+    anchor: Tensor | None = None
+
+    def anchored(self, scored: TokenLogprobs) -> Loss:
+        """This loss with the anchor that was scored beside it, if one was."""
+        if scored.anchored is None:
+            return self
+        total = scored.anchored.sum()
+        told = {"anchor_loss": (float(total.detach()), float(scored.anchored.numel()))}
+        return replace(self, anchor=total, metrics=self.metrics | told)
 
     def value(self, units: Mapping[str, float] | None = None) -> Tensor:
         """Scalar: the sums divided by `units` (default: this micro-batch's own) and added; units of 0 give 0."""
@@ -121,13 +133,17 @@ class Objective(Method):
         """The loss, given the log-probabilities of the labelled tokens of the plain part of the batch."""
         raise NotImplementedError
 
-    def loss(self, model: nn.Module, batch: Batch, credit: Tensor | None = None) -> Loss:
+    def loss(
+        self, model: nn.Module, batch: Batch, credit: Tensor | None = None, anchor: BaseAnchor | None = None
+    ) -> Loss:
         """The loss of one micro-batch.
 
         Args:
             model: a causal language model of transformers, possibly wrapped by PEFT.
             batch: see `luthier.objectives.batch`.
             credit: weights per labelled token from a rollout; None for learning from data.
+            anchor: also say how far the answers to the plain part of the batch are from the base's.
         """
         ready = self.prepare(model, batch)
-        return self.judge(token_logprobs(model, part(ready, "")), ready, credit)
+        scored = token_logprobs(model, part(ready, ""), anchor=anchor)
+        return self.judge(scored, ready, credit).anchored(scored)

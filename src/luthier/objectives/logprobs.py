@@ -15,7 +15,7 @@ positions at once inside the model itself, which is exact too and only needs mor
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -26,11 +26,14 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from luthier.errors import InputError
+from luthier.models.modes import evaluating
+from luthier.objectives.anchor import BaseAnchor
 from luthier.objectives.batch import Batch, labelled
 
 CHUNK_BYTES = 128 * 2**20  # float32 logits alive at a time
 
 After = Callable[[Tensor], Tensor]
+Scores = tuple[Tensor, Tensor, Tensor, Tensor]  # of tokens: log-probabilities, entropies, whether right, anchor's loss
 _AFTER: WeakKeyDictionary[nn.Module, list[After | None]] = WeakKeyDictionary()
 
 
@@ -44,6 +47,7 @@ class TokenLogprobs:
         positions: (tokens,) int64, the position of each token (of the label, not of the state that predicts it).
         entropy: (tokens,) float32 in nats, without gradient, of the full next-token distribution; None unless asked.
         correct: (tokens,) bool, whether no token was more probable than the label.
+        anchored: (tokens,) float32 with gradient, the loss against the base; None unless asked.
     """
 
     logprobs: Tensor
@@ -51,15 +55,23 @@ class TokenLogprobs:
     positions: Tensor
     entropy: Tensor | None
     correct: Tensor
+    anchored: Tensor | None = None
 
     def __getitem__(self, kept: Tensor) -> TokenLogprobs:
         """Those of some tokens; `kept` is (tokens,) bool."""
         entropy = None if self.entropy is None else self.entropy[kept]
-        return TokenLogprobs(self.logprobs[kept], self.rows[kept], self.positions[kept], entropy, self.correct[kept])
+        anchored = None if self.anchored is None else self.anchored[kept]
+        rows, positions = self.rows[kept], self.positions[kept]
+        return TokenLogprobs(self.logprobs[kept], rows, positions, entropy, self.correct[kept], anchored)
 
 
 def token_logprobs(
-    model: nn.Module, batch: Batch, *, entropy: bool = False, chunk_tokens: int | None = None
+    model: nn.Module,
+    batch: Batch,
+    *,
+    entropy: bool = False,
+    chunk_tokens: int | None = None,
+    anchor: BaseAnchor | None = None,
 ) -> TokenLogprobs:
     """Log-probability of each labelled token of `batch` under the causal model `model`.
 
@@ -69,8 +81,10 @@ def token_logprobs(
             optionally `attention_mask`, `position_ids` (rows, length).
         entropy: also return the entropy of each next-token distribution.
         chunk_tokens: labelled tokens per chunk of the head; default: as many as fit 128 MiB of float32 logits.
+        anchor: also return each token's loss against the base, for which the base runs once more without gradient.
 
-    A batch without any label gives empty tensors. Raises `InputError` if the model has no output embedding.
+    A batch without any label gives empty tensors. Raises `InputError` if the model has no output embedding, or one
+    that moves while there is an anchor.
     """
     labels = batch["labels"]
     chosen = labelled(labels)
@@ -80,44 +94,62 @@ def token_logprobs(
     head = _head(plain)
     after = _after_head(plain, head, batch)
     inputs = {k: v for k, v in batch.items() if k != "labels"}
-    if after is None:
-        with _feed(head, lambda hidden: hidden[:, :-1][chosen][None]):
-            logits = _logits(model(**inputs, use_cache=False))[0]
-        logprobs, entropies, correct = _score(logits, targets, entropy)
-    else:
+
+    def run() -> Tensor:
+        """(tokens, width): what the head is fed; or (tokens, vocabulary) logits where it runs inside the model."""
+        if after is None:
+            with _feed(head, lambda hidden: hidden[:, :-1][chosen][None]):
+                return _logits(model(**inputs, use_cache=False))[0]
         caught: list[Tensor] = []
         with _feed(head, lambda hidden: hidden[..., :0, :], caught):
             model(**inputs, use_cache=False)
-        hidden = caught[0][:, :-1][chosen]
-        size = chunk_tokens or max(1, CHUNK_BYTES // (4 * _width(head)))
-        logprobs, entropies, correct = _chunked(head, after, hidden, targets, entropy, size)
-    return TokenLogprobs(logprobs, rows, before + 1, entropies if entropy else None, correct)
+        return caught[0][:, :-1][chosen]
+
+    base: Tensor | None = None
+    if anchor is not None:
+        if any(p.requires_grad for p in head.parameters()):
+            raise InputError("the head moves, and an anchor takes the base to have the same", fix="leave the head out")
+        with torch.no_grad(), evaluating(model), anchor.base() or nullcontext():
+            base = run()
+    hidden = run()
+
+    def score(part: Tensor, labels: Tensor, of_base: Tensor | None) -> Scores:
+        def logits(fed: Tensor) -> Tensor:
+            # Without the module's hooks: FSDP2's count each of its calls, and the weights are gathered already.
+            return fed.float() if after is None else after(head.forward(fed)).float()
+
+        said = logits(part)
+        logprobs, entropies, correct = _score(said, labels, entropy)
+        if anchor is None or of_base is None:
+            return logprobs, entropies, correct, logprobs.new_empty(0)
+        with torch.no_grad():
+            target = logits(of_base)
+        return logprobs, entropies, correct, anchor.loss(said, target)
+
+    size = len(targets) if after is None else chunk_tokens or max(1, CHUNK_BYTES // (4 * _width(head)))
+    logprobs, entropies, correct, anchored = _chunked(score, hidden, targets, base, size)
+    return TokenLogprobs(
+        logprobs, rows, before + 1, entropies if entropy else None, correct, anchored if anchor else None
+    )
 
 
-def _chunked(
-    head: nn.Module, after: After, hidden: Tensor, targets: Tensor, entropy: bool, size: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _chunked(score: Callable[..., Scores], hidden: Tensor, targets: Tensor, base: Tensor | None, size: int) -> Scores:
     """Score `hidden` (tokens, width) chunk by chunk; only one chunk's logits live at a time, in both passes."""
-
-    def score(part: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        # Without the module's hooks: FSDP2's count each of its calls, and the weights are gathered already.
-        return _score(after(head.forward(part)), labels, entropy)
-
     if len(targets) <= size:
-        return score(hidden, targets)
-    pieces: list[tuple[Tensor, Tensor, Tensor]] = []
-    for part, labels in zip(hidden.split(size), targets.split(size), strict=True):
+        return score(hidden, targets, base)
+    pieces: list[Scores] = []
+    parts = base.split(size) if base is not None else [None] * -(-len(targets) // size)
+    for part, labels, of_base in zip(hidden.split(size), targets.split(size), parts, strict=True):
         if torch.is_grad_enabled():
-            pieces.append(checkpoint(score, part, labels, use_reentrant=False))
+            pieces.append(checkpoint(score, part, labels, of_base, use_reentrant=False))
         else:
-            pieces.append(score(part, labels))
-    logprobs, entropies, correct = (torch.cat(column) for column in zip(*pieces, strict=True))
-    return logprobs, entropies, correct
+            pieces.append(score(part, labels, of_base))
+    logprobs, entropies, correct, anchored = (torch.cat(column) for column in zip(*pieces, strict=True))
+    return logprobs, entropies, correct, anchored
 
 
 def _score(logits: Tensor, targets: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(tokens, vocabulary) logits -> log-probability of the target, entropy, whether the target is the maximum."""
-    logits = logits.float()
+    """(tokens, vocabulary) float32 logits -> log-probability of the target, entropy, whether it is the maximum."""
     logprobs = -F.cross_entropy(logits, targets, reduction="none")
     with torch.no_grad():
         correct = logits.gather(1, targets[:, None])[:, 0] >= logits.amax(-1)

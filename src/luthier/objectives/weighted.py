@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from luthier.data.encode import Encoded
 from luthier.data.views import WORDS
 from luthier.methods import build
+from luthier.objectives.anchor import BaseAnchor
 from luthier.objectives.base import Loss, Needs, Objective
 from luthier.objectives.batch import Batch, labelled, narrow, part
 from luthier.objectives.logprobs import token_logprobs
@@ -111,12 +112,14 @@ class Weighted(Objective):
         counted = {name: p.objective.units(self._own(batch, p)) for name, p in self._named()}
         return {f"{name}/{unit}": count for name, units in counted.items() for unit, count in units.items()}
 
-    def loss(self, model: nn.Module, batch: Batch, credit: Tensor | None = None) -> Loss:
+    def loss(
+        self, model: nn.Module, batch: Batch, credit: Tensor | None = None, anchor: BaseAnchor | None = None
+    ) -> Loss:
         sums: dict[str, Tensor] = {}
         units: dict[str, float] = {}
         metrics: dict[str, tuple[float, float]] = {}
         prepared = [p.objective.prepare(model, self._own(batch, p)) for p in self.parts]
-        wide = answers = token_logprobs(model, part(batch, ""))
+        wide = answers = token_logprobs(model, part(batch, ""), anchor=anchor)
         if "answer_labels" in batch:
             answers = wide[labelled(batch["answer_labels"])[labelled(batch["labels"])]]
         for (name, p), ready in zip(self._named(), prepared, strict=True):
@@ -125,7 +128,7 @@ class Weighted(Objective):
                 sums[f"{name}/{unit}"], units[f"{name}/{unit}"] = p.weight * total, loss.units[unit]
                 metrics[f"{name}/{unit}_loss"] = (float(total.detach()), loss.units[unit])
             metrics |= {f"{name}/{metric}": pair for metric, pair in loss.metrics.items()}
-        return Loss(sums, units, metrics)
+        return Loss(sums, units, metrics).anchored(wide)
 
     def _named(self) -> Iterator[tuple[str, Part]]:
         """The parts with the names that their units and metrics have."""

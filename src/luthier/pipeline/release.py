@@ -35,10 +35,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 from luthier.data.encode import prompt_ids
 from luthier.data.templates import end_token_ids
 from luthier.decode.generate import generate
-from luthier.decode.inputs import context_length, evaluating
+from luthier.decode.inputs import context_length
 from luthier.errors import InputError
 from luthier.findings import Finding
 from luthier.models.files import sums_hold, write_sums
+from luthier.models.modes import evaluating
 from luthier.models.quiet import first_line, quiet
 from luthier.pipeline.card import empty_sections
 

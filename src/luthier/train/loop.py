@@ -36,7 +36,9 @@ from luthier.errors import CrashError, GateError, InputError
 from luthier.models.allocator import keep_freed_memory
 from luthier.models.shards import gathered, let_go, whole
 from luthier.models.topology import Topology
+from luthier.objectives.anchor import BaseAnchor
 from luthier.objectives.base import Loss, Objective
+from luthier.objectives.batch import labelled
 from luthier.train.checkpoints import Checkpoints, flat_optimizer, restore_optimizer, restore_random_state
 from luthier.train.micro_batch import micro_batch
 from luthier.train.optimizers import inner, make_optimizer, make_schedule
@@ -95,6 +97,8 @@ class Loop:
             directory.mkdir(parents=True, exist_ok=True)
         self.tuned, self.objective, self.settings = tuned, objective, settings
         self.reference = Reference(tuned, self.needs.reference) if self.needs.reference else None
+        asked = tuned.anchor
+        self.anchor = BaseAnchor(tuned.untuned, asked.temperature, asked.alpha) if asked else None
         self.directory, self.seed, self.pad_id, self.packing = directory, seed, pad_id, packing
         self.rehearse = rehearse
         AcceleratorState._reset_state(reset_partial_state=True)  # another loop may have left its own
@@ -224,6 +228,7 @@ class Loop:
             raise InputError(
                 "no token of this step carries a label", where=f"step {self.done + 1}", fix="look at the loss mask"
             )
+        (tied,) = self._over_devices([float(sum(labelled(b["labels"]).sum() for b in batches if self.anchor))])
         rate = float(self.schedule.get_last_lr()[0])
         self.tuned.on_step_begin(self.done)
         total: list[dict[str, float]] = []
@@ -232,9 +237,11 @@ class Loop:
             last = number == len(batches) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
                 with self.accelerator.autocast():
-                    loss = self._loss(batch)
+                    loss = self._loss(batch, self.anchor)
                 # Gradients are averaged over devices, so each device's sum counts that many times.
-                self.accelerator.backward(loss.value(units) * self.accelerator.num_processes)
+                times = self.accelerator.num_processes
+                anchor = None if loss.anchor is None else loss.anchor / tied * times
+                self.tuned.backward(loss.value(units) * times, anchor, self.accelerator.backward)
             total.append({name: float(value.detach()) for name, value in loss.sums.items()})
             for name, (value, weight) in loss.metrics.items():
                 old = sums.get(name, (0.0, 0.0))
@@ -267,10 +274,10 @@ class Loop:
         device = self.accelerator.device
         return micro_batch(source, indices, self.objective, packing=self.packing, pad_id=self.pad_id, device=device)
 
-    def _loss(self, batch: dict[str, Tensor]) -> Loss:
+    def _loss(self, batch: dict[str, Tensor], anchor: BaseAnchor | None = None) -> Loss:
         if self.reference:
             batch = self.reference.complete(self.model, batch, self.needs.referenced)
-        return self.objective.loss(self.model, batch)
+        return self.objective.loss(self.model, batch, anchor=anchor)
 
     def _cache(self, reference: Reference, name: str, pairs: PairedExamples) -> None:
         """Score all `pairs` under the reference, each device its share, unless a whole file of them is there."""

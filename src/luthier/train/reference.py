@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from luthier.data.views import PairedExamples
 from luthier.errors import InputError
+from luthier.models.modes import evaluating
 from luthier.objectives.base import ReferenceFrom
 from luthier.objectives.batch import Batch, narrow, part
 from luthier.objectives.preference import answer_logprobs
@@ -78,7 +79,7 @@ class Reference:
             self._second.to(batch["input_ids"].device)
             with torch.no_grad():
                 return answer_logprobs(self._second, batch)
-        with torch.no_grad(), _evaluating(model), self._untuned() or contextlib.nullcontext():
+        with torch.no_grad(), evaluating(model), self._untuned() or contextlib.nullcontext():
             return answer_logprobs(model, batch)
 
     def complete(self, model: nn.Module, batch: dict[str, Tensor], prefixes: tuple[str, ...]) -> dict[str, Tensor]:
@@ -153,16 +154,6 @@ def _hash(model: nn.Module) -> str:
         whole.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         whole.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return whole.hexdigest()
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def _load(base: str, tuned: Tuned) -> nn.Module:

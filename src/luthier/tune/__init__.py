@@ -18,6 +18,7 @@ METHODS = {
     "lisa": "luthier.tune.lisa:Lisa",
     "lora": "luthier.tune.lora:Lora",
     "lt_sft": "luthier.tune.lt_sft:LtSft",
+    "mask_tuning": "luthier.tune.mask_tuning:MaskTuning",
     "sara": "luthier.tune.sara:Sara",
 }
 
@@ -30,6 +31,7 @@ _WHERE = {
     "Lisa": "luthier.tune.lisa",
     "Lora": "luthier.tune.lora",
     "LtSft": "luthier.tune.lt_sft",
+    "MaskTuning": "luthier.tune.mask_tuning",
     "Probe": "luthier.tune.base",
     "Sara": "luthier.tune.sara",
     "Tuned": "luthier.tune.base",
@@ -45,6 +47,7 @@ __all__ = [
     "Lisa",
     "Lora",
     "LtSft",
+    "MaskTuning",
     "Probe",
     "Sara",
     "Tuned",
@@ -61,6 +64,7 @@ if TYPE_CHECKING:
     from luthier.tune.lisa import Lisa
     from luthier.tune.lora import Lora
     from luthier.tune.lt_sft import LtSft
+    from luthier.tune.mask_tuning import MaskTuning
     from luthier.tune.sara import Sara
 
 

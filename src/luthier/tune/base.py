@@ -4,7 +4,7 @@ One optimiser step of the loop, seen from here:
 
     tuned.on_phase_begin(...)      once, before the first step: here is the optimiser
     tuned.on_step_begin(step)      what moves in this step may still be changed (layer sampling)
-    ... forward and backward of all micro-batches ...
+    ... forward of a micro-batch; tuned.backward(loss, anchor)      for all micro-batches ...
     tuned.on_grad(step)            gradients are whole, not yet clipped (masks act here)
     ... clip ...
     tuned.on_clipped(step)         gradients are clipped (penalties of the tuning's own are added here)
@@ -33,6 +33,7 @@ from luthier.models.shards import like
 from luthier.models.topology import Topology
 
 Batches = Callable[[], Iterable[dict[str, Tensor]]]
+Backward = Callable[..., None]
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,21 @@ class Probe:
     seed: int = 0
     batches: Batches | None = None
     loss: Callable[[nn.Module, dict[str, Tensor]], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A second loss that a tuning wants beside the objective's: what the base says to the same rows.
+
+        T^2 CE(softmax(z / T), log_softmax(logits / T))        z = alpha z_base + (1 - alpha) logits, as a constant
+
+    Attributes:
+        temperature: T, above 0.
+        alpha: share of the base in the target, 0 to 1.
+    """
+
+    temperature: float = 1.0
+    alpha: float = 1.0
 
 
 class Tuning(Method):
@@ -120,6 +136,21 @@ class Tuned:
         return [group for group in groups if group["params"]]
 
     # Hooks of the loop
+
+    @property
+    def anchor(self) -> Anchor | None:
+        """What `backward` must be handed beside the loss; None if nothing."""
+        return None
+
+    def backward(self, loss: Tensor, anchor: Tensor | None = None, run: Backward = Tensor.backward) -> None:
+        """The backward pass of one micro-batch, into the gradients of `moving()`.
+
+        Args:
+            loss: scalar, this micro-batch's part of the step's loss.
+            anchor: scalar of the same forward pass, its part of the loss that `self.anchor` asks for.
+            run: makes the pass of a scalar, with torch's options (`retain_graph`); a trainer's may scale the scalar.
+        """
+        run(loss)
 
     def on_phase_begin(self, optimizer: torch.optim.Optimizer, steps_per_epoch: int, steps: int | None = None) -> None:
         """Before the first step, and before a checkpoint is read: the optimiser that will step `moving()`.

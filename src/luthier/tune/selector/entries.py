@@ -27,8 +27,9 @@ from luthier.errors import InputError
 from luthier.models.shards import is_sharded, like
 from luthier.models.topology import Topology
 from luthier.tune.base import Probe, Tuned, Tuning
-from luthier.tune.selector.compact import Chosen, release
+from luthier.tune.selector.compact import Chosen
 from luthier.tune.selector.slots import Shape, Slots, View
+from luthier.tune.selector.stand_in import release
 from luthier.tune.whole import WholeModel, forget, refuse_quantised, refuse_wrapped
 from luthier.weights.selection import Selection
 
@@ -215,7 +216,7 @@ class EntriesTuned(WholeModel):
     def write(self) -> None:
         """See that the weights hold what the optimiser has stepped."""
         for one in self.chosen.values():
-            one.write()
+            one.write(anyway=True)
 
     @contextlib.contextmanager
     def untuned(self) -> Iterator[None]:
@@ -320,6 +321,15 @@ def average(parameters: Iterable[nn.Parameter]) -> None:
                 parameter.grad = torch.zeros_like(parameter)
             torch.distributed.all_reduce(parameter.grad)
             parameter.grad /= count
+
+
+def average_tensor(tensor: Tensor) -> None:
+    """Average one tensor over processes, in place; every process must come here with one of this shape."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        count = torch.distributed.get_world_size()
+        if count > 1:
+            torch.distributed.all_reduce(tensor)
+            tensor /= count
 
 
 @torch.no_grad()

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from luthier.errors import InputError
+from luthier.models.modes import evaluating
 from luthier.tune.selector.slots import Score, View
 
 
@@ -126,15 +126,3 @@ def visit_gradients(
         for parameter, (flag, gradient) in before.items():
             parameter.requires_grad_(flag)
             parameter.grad = gradient
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, so that a probe has no noise of its own; every module as it was afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

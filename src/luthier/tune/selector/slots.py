@@ -178,3 +178,14 @@ class At:
 
     def __str__(self) -> str:
         return f"start + once when {self.share:g} of the optimiser steps are done"
+
+
+@dataclass(frozen=True)
+class EveryForward:
+    """The choice follows from what is learned: it is another one whenever that has been stepped."""
+
+    def period(self, step: int, steps_per_epoch: int, steps: int | None) -> int:
+        return step
+
+    def __str__(self) -> str:
+        return "every forward"
