@@ -14,7 +14,7 @@ from luthier.models.topology import Topology
 from luthier.objectives import Sft
 from luthier.train import Loop, TrainSettings
 from luthier.train.probing import probe_of
-from luthier.tune import Tuned
+from luthier.tune import Tuned, Tuning
 from luthier.worlds.facts import Facts
 
 
@@ -22,7 +22,7 @@ def teach(
     base: nn.Module,
     world: Facts,
     relations: Iterable[int],
-    tuning: dict[str, Any],
+    tuning: dict[str, Any] | Tuning,
     *,
     learning_rate: float = 1e-3,
     steps: int = 300,
