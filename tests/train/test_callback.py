@@ -7,8 +7,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainerCall
 
 from luthier.errors import InputError
 from luthier.models.topology import Topology
+from luthier.objectives import Sft
 from luthier.train import TuningCallback
-from luthier.tune import CofiTune, Hft, Lisa, MaskTuning, Probe
+from luthier.tune import CofiTune, GreenTrainer, Hft, Lisa, MaskTuning, Probe
 from luthier.tune.lisa import draw
 from luthier.tune.selector.importance_score import save_importance
 from luthier.worlds import tiny
@@ -169,3 +170,33 @@ def test_masks_in_trls_sft_trainer(tmp_path):
     )
     trainer.train()
     assert 0 < tuned.dropped() < 1
+
+
+def test_only_tensors_under_the_budget_move_in_trls_sft_trainer(tmp_path):
+    trl = pytest.importorskip("trl")
+    from transformers import AutoTokenizer
+
+    base = AutoModelForCausalLM.from_pretrained(tiny.folder())
+    tokenizer = AutoTokenizer.from_pretrained(tiny.folder())
+    ids = tokenizer(["What is 2 + 2? 4"] * 2, return_tensors="pt")["input_ids"]
+    probe = Probe(
+        Topology.of(base),
+        3,
+        batches=lambda: [{"input_ids": ids, "labels": ids}],
+        loss=lambda m, b: Sft().loss(m, {name: tensor.to(m.device) for name, tensor in b.items()}).value(),
+    )
+    tuned = GreenTrainer(rho=0.6, interval=4, interval_unit="step").attach(base, probe)
+    before = {name: p.detach().clone() for name, p in base.named_parameters()}
+    trainer = trl.SFTTrainer(
+        model=tuned.model,
+        args=trl.SFTConfig(**arguments(tmp_path, bf16=False, max_length=64, learning_rate=1e-3)),
+        train_dataset=Dataset.from_dict({"prompt": ["What is 2 + 2?"] * 40, "completion": [" 4"] * 40}),
+        processing_class=tokenizer,
+        callbacks=[TuningCallback(tuned)],
+    )
+    trainer.train()
+    choices = tuned.history["choices"]
+    ever = {name for choice in choices for name in choice["active"]}
+    moved = {name for name, p in base.named_parameters() if not torch.equal(p, before[name])}
+    assert [choice["step"] for choice in choices] == [0, 4] and moved == ever
+    assert all(choice["share"] <= 0.62 and choice["passes"] > 0 for choice in choices)
