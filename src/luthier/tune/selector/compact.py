@@ -58,7 +58,7 @@ class Chosen(StandIn):
             stays: (n,) bool, which of the new places were chosen before; came: (n,) int64, where they stood (any
             number where they did not).
         """
-        self.write(anyway=True)
+        self.write()
         old, before = self.places, self.values.detach()
         self._set_places(places)
         if len(old):
