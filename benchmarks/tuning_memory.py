@@ -107,9 +107,10 @@ def measure(name: str, size: str) -> None:
         "optimizer_bytes": held,
         "loss": records[-1].loss,
     }
-    ledger = getattr(tuned, "ledger", None)
-    if ledger is not None:
-        found["ledger"] = ledger if isinstance(ledger, dict) else ledger.describe()
+    if name == "greentrainer":  # of the backward pass's operations, by the ledger's count
+        last = tuned.ledger.entries[-1]
+        forward = last.forward / last.full
+        found["backward"] = (last.share - forward) / (1 - forward)
     print(json.dumps(found))
 
 
@@ -138,8 +139,8 @@ def compare(names: list[str], size: str, repeats: int) -> dict[str, Any]:
     for name, row in rows.items():
         row |= {f"{key}_ratio": row[key] / full[key] for key in keys}
         row["targets"] = TARGETS.get(name, {}) if size == "256" else {}
-        if "ledger" in runs[name][0]:
-            row["ledger"] = runs[name][0]["ledger"]
+        if "backward" in runs[name][0]:
+            row["backward_ratio"] = median(run["backward"] for run in runs[name])
         row["runs"] = runs[name]
     return rows
 
@@ -150,7 +151,9 @@ def show(size: str, rows: dict[str, Any]) -> None:
         print(
             f"{size:<18} {name:<13} {row['peak_bytes'] / 2**30:.2f} GiB ({row['peak_bytes_ratio']:.2f}x), "
             f"{row['seconds_per_step']:.2f} s a step ({row['seconds_per_step_ratio']:.2f}x), "
-            f"optimiser {row['optimizer_bytes_ratio']:.3f}x" + (f"   wanted: {targets}" if targets else "")
+            f"optimiser {row['optimizer_bytes_ratio']:.3f}x"
+            + (f", backward {row['backward_ratio']:.2f}x" if "backward_ratio" in row else "")
+            + (f"   wanted: {targets}" if targets else "")
         )
 
 
