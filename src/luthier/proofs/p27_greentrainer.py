@@ -146,6 +146,7 @@ PROOF = Proof(
         "luthier.tune.selector.uses",
         "luthier.tune.selector.counting",
         "luthier.tune.selector.loss_drop",
+        "luthier.tune.selector.scores",
         "luthier.tune.selector.tensors",
         "luthier.worlds.facts",
         "luthier.proofs.facts_bench",
