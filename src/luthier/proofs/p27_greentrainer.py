@@ -15,10 +15,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from luthier.data.collate import pad_batch
 from luthier.objectives import Sft
 from luthier.proofs.base import Claim, Measurements, Proof, count, mean
 from luthier.proofs.facts_bench import teach
@@ -114,10 +114,10 @@ def prove(seed: int) -> Measurements:
 
 def _products(model: nn.Module, world: Facts, names: list[str]) -> float:
     """Forward and backward of 60 rows as torch counts them, with gradients for these parameters."""
-    rows = world.examples(NEW)
+    ids = torch.tensor(world.triples(NEW)[:60])
+    batch = {"input_ids": ids, "labels": torch.where(torch.arange(3) == 2, ids, -100)}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)
-    batch = pad_batch([rows[i] for i in range(60)], 0)
     Sft().loss(model, batch)  # the first time the objective looks how the model makes its logits
     with FlopCounterMode(display=False) as counter:
         Sft().loss(model, batch).value().backward()
@@ -146,6 +146,7 @@ PROOF = Proof(
         "luthier.tune.selector.uses",
         "luthier.tune.selector.counting",
         "luthier.tune.selector.loss_drop",
+        "luthier.tune.selector.scores",
         "luthier.tune.selector.tensors",
         "luthier.worlds.facts",
         "luthier.proofs.facts_bench",

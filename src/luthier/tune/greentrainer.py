@@ -42,10 +42,11 @@ from luthier.errors import InputError
 from luthier.models.topology import Topology
 from luthier.tune.base import Probe
 from luthier.tune.selector.budget import Bools, Floats, Quantised, select_tensors
-from luthier.tune.selector.counting import costs_of_pass, input_size, recomputes
+from luthier.tune.selector.counting import costs_of_pass, input_size
 from luthier.tune.selector.flops import Costs
 from luthier.tune.selector.ledger import Entry, Ledger
 from luthier.tune.selector.loss_drop import tensor_importance
+from luthier.tune.selector.recompute import end_early, recomputes
 from luthier.tune.selector.slots import Every, EveryEpoch, Slots, View
 from luthier.tune.selector.tensors import SelectsTensors, TensorsTuned, Unit
 
@@ -188,7 +189,7 @@ class GreenTuned(TensorsTuned):
         super().on_phase_begin(optimizer, steps_per_epoch, steps)
         self._undo_hooks()
         if recomputes(self.model):
-            self._undo = _end_early(self.model, self.probe.topology)
+            self._undo = end_early(self.model, self.probe.topology)
 
         def passes(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             if torch.is_grad_enabled() and not self._probing:
@@ -289,23 +290,3 @@ def _agreed(found: list[int]) -> list[int]:
         torch.distributed.broadcast_object_list(box, src=0)
         return box[0]
     return found
-
-
-def _end_early(model: nn.Module, topology: Topology) -> list[Callable[[], None]]:
-    """Under gradient checkpointing, let the backward pass end at the earliest tensor that moves; how to undo it.
-
-    Whoever turns checkpointing on also asks for gradients of the embeddings' output, so that all of the way is paid.
-    """
-    kept = [getattr(module, "_gradient_checkpointing_func", None) for module in model.modules()]
-    if any(getattr(func, "keywords", {}).get("use_reentrant", False) for func in kept):
-        raise InputError(
-            "reentrant gradient checkpointing needs gradients of the input, so nothing of the backward pass is saved",
-            where="tune.method",
-            fix="turn it on with use_reentrant: false, or leave it off",
-        )
-
-    def cut(module: nn.Module, args: Any, output: Any) -> Any:
-        rests = isinstance(output, torch.Tensor) and not any(p.requires_grad for p in module.parameters())
-        return output.detach() if rests else output
-
-    return [model.get_submodule(path).register_forward_hook(cut).remove for path in topology.embeddings]

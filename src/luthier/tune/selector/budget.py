@@ -43,9 +43,9 @@ class Quantised:
             budget: share of the whole backward pass, 0 to 1.
             quanta: how many pieces the whole backward pass is cut into.
         """
-        total = float(dy.sum() + dw.sum())
-        scaled = [np.floor(cost * quanta / (total or 1.0) + _HAIR).astype(np.int64) for cost in (dy, dw)]
-        return cls(*scaled, limit=int(np.floor(budget * int(sum(q.sum() for q in scaled)) + _HAIR)))
+        unit = (float(dy.sum() + dw.sum()) or 1.0) / quanta
+        q_dy, q_dw = (np.floor(cost / unit + _HAIR).astype(np.int64) for cost in (dy, dw))
+        return cls(q_dy, q_dw, limit=int(np.floor(budget * int(q_dy.sum() + q_dw.sum()) + _HAIR)))
 
     def alone(self) -> Integers:
         """(tensors,) what each costs when nothing else is chosen."""

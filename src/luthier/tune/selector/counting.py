@@ -23,6 +23,7 @@ from luthier.models.structure import join, within
 from luthier.models.topology import Topology
 from luthier.tune.base import Probe
 from luthier.tune.selector.flops import Costs, tensor_costs
+from luthier.tune.selector.recompute import recomputes
 from luthier.tune.selector.scores import evaluating
 from luthier.tune.selector.uses import Use, first_tensor, watch
 
@@ -83,11 +84,6 @@ def costs_of_pass(model: nn.Module, probe: Probe, *, counted: bool = False) -> t
     if recomputes(model):
         costs = replace(costs, forward=2 * costs.forward)
     return costs, sizes[-1]
-
-
-def recomputes(model: nn.Module) -> bool:
-    """Whether gradient checkpointing is on."""
-    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def input_size(model: Any, args: Any, kwargs: dict[str, Any]) -> int:

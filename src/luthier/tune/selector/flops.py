@@ -152,7 +152,7 @@ def language_model_costs(model: nn.Module, rows: int, length: int, labelled: int
 
 
 def _in_order(
-    modules: Mapping[str, nn.Module], uses: Mapping[str, Use], experts: Sequence[str]
+    modules: Mapping[str, nn.Module], uses: Mapping[str, Use], experts: list[str]
 ) -> Iterator[tuple[str, Use]]:
     """Modules with parameters, as they ran; one that was not called by itself counts as part of what stands around it.
 

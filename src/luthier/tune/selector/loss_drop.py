@@ -9,8 +9,8 @@ optimisers that treat each tensor by itself (AdamW, SGD, Adafactor). Weights com
 ever copied, the rate is the present one, or the rate of the run where that is 0 (the first step of a warm-up). Nothing
 is clipped: a common factor of all gradients does not matter to AdamW, and otherwise falls out with the largest |I|.
 
-The model is in evaluation mode (no dropout, and no recomputation in its place). In memory are at a time the gradient
-and a copy of what is asked for, in its own precision the copy, and one tensor's moments.
+The model is in evaluation mode: no dropout, but no gradient checkpointing either. In memory are at a time a gradient
+(float32) and a copy of each tensor asked for, and a copy of one tensor's moments.
 """
 
 from __future__ import annotations

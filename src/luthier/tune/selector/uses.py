@@ -80,7 +80,7 @@ def watch_shapes(model: nn.Module, rows: int, length: int) -> dict[str, Use]:
     """The same for a language model on `rows` rows of `length` tokens, of which nothing is computed but the shapes."""
     whole = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        empty = {name: fake.from_tensor(tensor.detach()) for name, tensor in whole.items()}
+        empty: dict[str, Tensor] = {name: fake.from_tensor(tensor.detach()) for name, tensor in whole.items()}
         given = {"input_ids": torch.ones(rows, length, dtype=torch.int64), "use_cache": False}
         return watch(model, lambda: functional_call(model, empty, (), given))
 
