@@ -99,6 +99,18 @@ def test_one_is_taken_off_again(jobs):
     assert all(torch.equal(off[name], base[name]) for name in base)
 
 
+def test_a_task_moves_from_one_language_to_another(jobs):
+    """With `task` tuned from `source`: base + (task - base) - (source - base) + (target - base)."""
+    base, source, target, _, _ = jobs
+    model = llama()
+    model.load_state_dict(source)
+    task = state(job(model, 3)[0])
+    ours = merged(base, task, source, target, weights=[1.0, -1.0, 1.0])
+    for name in base:
+        by_hand = target[name].double() + (task[name].double() - source[name].double())
+        torch.testing.assert_close(ours[name].double(), by_hand, rtol=0, atol=3e-7)
+
+
 def test_files_of_differences_add_up_as_their_models_do(tmp_path, jobs):
     base, one, two, _, _ = jobs
     for name, weights in (("base", base), ("one", one), ("two", two)):
