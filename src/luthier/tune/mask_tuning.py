@@ -76,6 +76,7 @@ class MaskTuning(Tuning):
         spread: `constant`, or `uniform` between 0 and `init`: the start then is not the base.
         threshold: a weight is kept where its score is above it.
         reg: factor of the plain L2 norm of each score tensor.
+        grad_dropout: how the base holds back what is learned, see `GradDropout`.
         seed: of a uniform start and of the draws of gradient dropout, beside the run's own.
     """
 
@@ -271,8 +272,10 @@ class MaskTuned(MaskedTuned):
                 continue
             other = torch.zeros_like(parameter.grad) if other is None else other
             average_tensor(other)
-            generator = draws.setdefault(parameter.device, self._generator(step, parameter.device))
-            parameter.grad = grad_dropout(parameter.grad, other, self.settings.grad_dropout.lam, generator)
+            if parameter.device not in draws:
+                draws[parameter.device] = self._generator(step, parameter.device)
+            lam = self.settings.grad_dropout.lam
+            parameter.grad = grad_dropout(parameter.grad, other, lam, draws[parameter.device])
 
     def _refuse_one_loss(self) -> NoReturn:
         raise InputError(
