@@ -18,10 +18,13 @@ from transformers import (
 from luthier.errors import InputError
 from luthier.models.topology import Topology
 from luthier.objectives import Sft
+from luthier.train import Loop, TrainSettings
+from luthier.train.probing import probe_of
 from luthier.tune import CofiTune, Probe
 from luthier.tune.selector.importance_score import save_importance
 from luthier.tune.selector.layers import LAYERS, layers_of
 from luthier.tune.selector.rows import masked_step
+from luthier.worlds.facts import Facts, new_model
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
 UNITS = {"intermediate": 48, "output": 32, "head": 4}
@@ -355,6 +358,26 @@ def test_a_checkpoint_brings_its_importance_along(saved):
     run(again, 2, other, first=2)
     after = weights(again.model)
     assert all(torch.equal(tensor, after[name]) for name, tensor in weights(whole.model).items())
+
+
+def test_the_loop_looks_at_its_own_rows_and_resumes(tmp_path):
+    """Importance from the loop's own batches, and in its checkpoints: stopped and resumed, the same weights."""
+    world, settings = Facts(0), TrainSettings(max_steps=4, effective_batch_size=60, weight_decay=DECAY)
+
+    def loop(folder):
+        model, rows = new_model(0, 4), world.examples([7])
+        probe = probe_of(Topology.of(model), Sft(), settings, rows)
+        return Loop(CofiTune().attach(model, probe), Sft(), settings, rows, directory=folder, device="cpu")
+
+    whole = loop(tmp_path / "whole")
+    whole.run()
+    loop(tmp_path / "broken").run(until=2)
+    again = loop(tmp_path / "broken")
+    again.run()
+    after = weights(again.tuned.model)
+    assert all(torch.equal(tensor, after[name]) for name, tensor in weights(whole.tuned.model).items())
+    assert any(not torch.equal(tensor, new_model(0, 4).state_dict()[name]) for name, tensor in after.items())
+    assert whole.tuned.importance.keys() == set(range(4))
 
 
 def test_rows_are_needed_or_a_file():
