@@ -263,7 +263,7 @@ PROOF = Proof(
         ),
     ],
     notes=[
-        "The loss on facts known by heart is some 0.0003 nats; hence the change in nats beside the relative one. "
+        "The loss on facts known by heart is some 0.0003 nats; hence the change in nats beside the relative one.",
         "With 20% zeroed the specification's calibration had it at 0.0004 already.",
     ],
 )
