@@ -174,6 +174,7 @@ PROOF = Proof(
             lambda runs: max(_relative(r, "smallest20") for r in runs),
             "< 0.02",
             "paper",
+            expected=False,
         ),
         Claim(
             "the same in nats",
@@ -263,5 +264,6 @@ PROOF = Proof(
     ],
     notes=[
         "The loss on facts known by heart is some 0.0003 nats; hence the change in nats beside the relative one.",
+        "With 20% zeroed the specification's calibration had it at 0.0004 already.",
     ],
 )
