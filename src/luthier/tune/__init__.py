@@ -10,6 +10,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 METHODS = {
+    "dsee": "luthier.tune.dsee:Dsee",
+    "dsee_prune": "luthier.tune.dsee_prune:DseePrune",
     "full": "luthier.tune.full:Full",
     "hft": "luthier.tune.hft:Hft",
     "lift": "luthier.tune.lift:Lift",
@@ -21,16 +23,20 @@ _WHERE = {
     "Tuning": "luthier.tune.base",
     "Tuned": "luthier.tune.base",
     "Probe": "luthier.tune.base",
+    "Dsee": "luthier.tune.dsee",
+    "DseePrune": "luthier.tune.dsee_prune",
     "Full": "luthier.tune.full",
     "Hft": "luthier.tune.hft",
     "Lift": "luthier.tune.lift",
     "Lisa": "luthier.tune.lisa",
     "Lora": "luthier.tune.lora",
 }
-__all__ = ["METHODS", "Full", "Hft", "Lift", "Lisa", "Lora", "Probe", "Tuned", "Tuning"]
+__all__ = ["METHODS", "Dsee", "DseePrune", "Full", "Hft", "Lift", "Lisa", "Lora", "Probe", "Tuned", "Tuning"]
 
 if TYPE_CHECKING:
     from luthier.tune.base import Probe, Tuned, Tuning
+    from luthier.tune.dsee import Dsee
+    from luthier.tune.dsee_prune import DseePrune
     from luthier.tune.full import Full
     from luthier.tune.hft import Hft
     from luthier.tune.lift import Lift
