@@ -18,6 +18,7 @@ TUNINGS = [{"method": "full"}, {"method": "full", "train_embeddings": False}, {"
 TUNINGS += [{"method": "lora", "rank": 2, "targets": "attention", "peft": {"use_dora": True}}]
 TUNINGS += [{"method": "hft"}, {"method": "hft", "granularity": "model", "redraw": "epoch", "train_norms": "none"}]
 TUNINGS += [{"method": "lisa", "active_layers": 1, "interval": 1}, {"method": "lisa", "train_embeddings": False}]
+TUNINGS += [{"method": "dsee", "r": 4, "num_sparse": 16}]
 
 
 def make():
