@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainerCall
 
 from luthier.models.topology import Topology
 from luthier.train import TuningCallback
-from luthier.tune import Hft, Lisa, Probe
+from luthier.tune import Dsee, DseePrune, Hft, Lisa, Probe
 from luthier.tune.lisa import draw
 from luthier.worlds import tiny
 
@@ -90,3 +90,44 @@ def test_half_of_the_matrices_stay_in_transformers_trainer(tmp_path):
     Trainer(model=tuned.model, args=args, train_dataset=rows(), callbacks=[TuningCallback(tuned)]).train()
     for name, p in tuned.model.named_parameters():
         assert torch.equal(p, before[name]) == (name in tuned.selection.frozen)
+
+
+@pytest.mark.parametrize("trainer", ["transformers", "trl"])
+def test_an_update_is_trained_pruned_and_trained_on(trainer, tmp_path):
+    """Both phases, one after the other: only the update moves, and what was pruned stays zero."""
+    more = {"learning_rate": 1e-2, "weight_decay": 0.1}
+    if trainer == "transformers":
+        base, data = model(), rows()
+        args = TrainingArguments(**arguments(tmp_path, **more))
+
+        def fit(tuned):
+            calls = [TuningCallback(tuned)]
+            Trainer(model=tuned.model, args=args, train_dataset=data, callbacks=calls).train()
+
+    else:
+        trl = pytest.importorskip("trl")
+        from transformers import AutoTokenizer
+
+        base = AutoModelForCausalLM.from_pretrained(tiny.folder())
+        tokenizer = AutoTokenizer.from_pretrained(tiny.folder())
+        args = trl.SFTConfig(**arguments(tmp_path, bf16=False, max_length=64, **more))
+        data = Dataset.from_dict({"prompt": ["What is 2 + 2?"] * 40, "completion": [" 4"] * 40})
+
+        def fit(tuned):
+            calls = [TuningCallback(tuned)]
+            trl.SFTTrainer(
+                model=tuned.model, args=args, train_dataset=data, processing_class=tokenizer, callbacks=calls
+            ).train()
+
+    before = {name: p.detach().clone() for name, p in base.named_parameters()}
+    tuned = Dsee(r=4, num_sparse=8).attach(base, Probe(Topology.of(base)))
+    for phase in (1, 2):
+        if phase == 2:
+            tuned = DseePrune(score="update", density=0.5).attach(tuned.model, Probe(Topology.of(tuned.model)))
+        start = {name: p.detach().clone() for name, p in tuned.moving().items()}
+        fit(tuned)
+        assert all(not torch.equal(p, start[name]) for name, p in tuned.moving().items())
+    for name, p in tuned.frozen().items():
+        name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        kept = tuned.mask.mask(name) if name in tuned.mask else torch.ones_like(p, dtype=torch.bool)
+        assert torch.equal(p, before[name] * kept), name

@@ -62,7 +62,7 @@ def plan(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[st
     model = skeleton(recipe.model)
     topology = Topology.of(model)
     counts = count(model, topology)
-    phases = []
+    phases: list[dict[str, Any]] = []
     search = recipe.environment.search
     grid = Grid.of(search, recipe.tune[0], rows) if search else None
     findings += grid.findings() if grid else []

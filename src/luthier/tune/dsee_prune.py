@@ -25,8 +25,10 @@ scales one part of the update only; here the whole. Not built: pruning by learne
 default there). Grouped heads share keys and values: such a value counts for each of its heads in equal parts, and goes
 with the last of them.
 
-When not to use it: `update` alone knows nothing of the base: an important weight that had no reason to change is
-removed. Prefer update+weight or weight. It needs a `dsee` that has been trained: an update of zero is refused.
+Which score: without `mask_update` it is w alone that goes, so |w| is what fits: where w and u cancel, |w + u| is small
+and removing w leaves all of u behind. With `mask_update` the sum goes, and |w + u| fits. `update` alone knows nothing
+of the base: an important weight that had no reason to change is removed. It needs a `dsee` that has been trained; an
+update of zero is refused. When not to use it: to run faster on hardware that has no use for zeros.
 """
 
 from __future__ import annotations

@@ -105,8 +105,7 @@ class LowRankSparseTuned(Tuned):
         tensors, modules = {}, {}
         for path, layer in self.layers.items():
             small = base_weight(layer).numel() < 2**31
-            tensors[f"{path}.A"] = layer.lora_A[NAME].weight.detach()
-            tensors[f"{path}.B"] = layer.lora_B[NAME].weight.detach()
+            tensors[f"{path}.A"], tensors[f"{path}.B"] = (factor.detach() for factor in layer.factors)
             tensors[f"{path}.idx"] = layer.places.to(torch.int32 if small else torch.int64)
             tensors[f"{path}.val"] = layer.lora_sparse[NAME].detach()
             modules[path] = list(base_weight(layer).shape)
@@ -153,8 +152,8 @@ def load_update(model: nn.Module, directory: Path | str) -> nn.Module:
     adapted = install(model, supports, r=r, alpha=alpha, dropout=dropout, seed=0)
     with torch.no_grad():
         for path, layer in layers_of(adapted).items():
-            layer.lora_A[NAME].weight.copy_(tensors[f"{path}.A"])
-            layer.lora_B[NAME].weight.copy_(tensors[f"{path}.B"])
+            for factor, key in zip(layer.factors, "AB", strict=True):
+                factor.copy_(tensors[f"{path}.{key}"])
             layer.lora_sparse[NAME].copy_(tensors[f"{path}.val"])
         base, _ = unwrapped(adapted)
         for name in about["head"]:

@@ -45,6 +45,8 @@ class LowRankPlusSparseLinear(Linear):
     """
 
     adapter_layer_names = (*Linear.adapter_layer_names, "lora_sparse")
+    lora_sparse: nn.ParameterDict
+    pruned: bool
     places: Tensor
     kept: Tensor | None
 
@@ -59,9 +61,14 @@ class LowRankPlusSparseLinear(Linear):
             self.register_buffer("kept", None, persistent=False)
         super().update_layer(adapter_name, *args, **more)
 
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (r, inputs) and B (outputs, r)."""
+        return self.lora_A[NAME].get_parameter("weight"), self.lora_B[NAME].get_parameter("weight")
+
     def set_support(self, places: Tensor) -> None:
         """Train the entries at these flat places, from 0."""
-        factor = self.lora_B[NAME].weight
+        factor = self.factors[1]
         self.places = places.to(factor.device, torch.int64)
         self.lora_sparse[NAME] = nn.Parameter(torch.zeros(len(places), dtype=factor.dtype, device=factor.device))
 
@@ -76,7 +83,7 @@ class LowRankPlusSparseLinear(Linear):
         if self.disable_adapters or self.merged:
             return super().forward(x, *args, **more)
         result = self.base_layer(x, *args, **more)
-        x = self.lora_dropout[NAME](self._cast_input_dtype(x, self.lora_A[NAME].weight.dtype))
+        x = self.lora_dropout[NAME](self._cast_input_dtype(x, self.factors[0].dtype))
         if self.kept is None:
             rows, columns = self._rows_and_columns()
             low = self.lora_B[NAME](self.lora_A[NAME](x))
@@ -89,7 +96,7 @@ class LowRankPlusSparseLinear(Linear):
 
     def _rows_and_columns(self) -> tuple[Tensor, Tensor]:
         """Outputs and inputs that the sparse entries lie between."""
-        width = self.in_features if not self.fan_in_fan_out else self.out_features
+        width = base_weight(self).shape[1]
         first, second = self.places // width, self.places % width
         return (second, first) if self.fan_in_fan_out else (first, second)
 
@@ -116,7 +123,7 @@ def install(
     generator = torch.Generator().manual_seed(seed)
     for path, layer in layers_of(adapted).items():
         with torch.no_grad():
-            factor = layer.lora_A[NAME].weight
+            factor = layer.factors[0]
             factor.copy_(0.02 * torch.randn(factor.shape, generator=generator))
         layer.set_support(supports[path])
     return adapted

@@ -7,6 +7,7 @@ A `Unit` names both.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -140,9 +141,10 @@ def _head_width(base: nn.Module, root: str, wide: int) -> int:
         for part in inside:
             if isinstance(getattr(part, name, None), int):
                 return int(getattr(part, name))
+    said: list[Any] = [*inside, getattr(base, "config", None)]
     for name in ("num_attention_heads", "num_heads", "n_heads", "n_head"):
-        for part in (*inside, getattr(base, "config", None)):
-            count = getattr(part, name, None)
+        for one in said:
+            count = getattr(one, name, None)
             if isinstance(count, int) and count:
                 if wide % count:
                     raise InputError(f"{wide} outputs of {root} do not divide into {count} heads", where="tune.mode")
