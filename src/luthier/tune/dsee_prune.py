@@ -14,7 +14,8 @@ the start, and stays. Then the same A, B, S2 and head are trained on.
 
 With heads and neurons the sums are of |u| and, for update+weight, |u| + |w|, as in the published code. They are removed
 with their rows of the update and with the columns behind them, so the model computes as if they were not there. They
-are zeros, not smaller matrices: transformers 5 has no `prune_heads`, and its configs cannot say that layers differ.
+are zeros, so that any config can hold them; `luthier.tune.shrink` cuts them out of the finished model where its config
+can say so (transformers 5 has no `prune_heads`).
 
 Entries go from W only: where the update is dense, the merged matrix is dense again. `mask_update: true` (ours) masks
 the update too, so the released model is as sparse as W o S1. Without it the zeros save something only to whoever keeps
@@ -28,7 +29,7 @@ with the last of them.
 Which score: without `mask_update` it is w alone that goes, so |w| is what fits: where w and u cancel, |w + u| is small
 and removing w leaves all of u behind. With `mask_update` the sum goes, and |w + u| fits. `update` alone knows nothing
 of the base: an important weight that had no reason to change is removed. It needs a `dsee` that has been trained; an
-update of zero is refused. When not to use it: to run faster on hardware that has no use for zeros.
+update of zero is refused. When not to use it: single entries, to run faster on hardware that has no use for zeros.
 """
 
 from __future__ import annotations
