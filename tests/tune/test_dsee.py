@@ -392,3 +392,17 @@ def test_the_layer_is_the_dense_formula():
     wanted[..., 1] += 5 * x[..., 1]
     torch.testing.assert_close(layer(x), wanted)
     assert isinstance(tuned.selection(), Selection)
+
+
+def test_pefts_own_merging_and_unmerging_know_the_sparse_part():
+    tuned = train(attach())
+    with torch.no_grad():
+        wanted = outputs(tuned.model)
+        tuned.model.merge_adapter(safe_merge=True)
+        torch.testing.assert_close(outputs(tuned.model), wanted, rtol=0, atol=1e-5)
+        tuned.model.unmerge_adapter()
+        torch.testing.assert_close(outputs(tuned.model), wanted, rtol=0, atol=1e-5)
+        whole = copy.deepcopy(tuned).merged()
+        theirs = tuned.model.merge_and_unload(safe_merge=True)
+    for name, p in theirs.named_parameters():
+        torch.testing.assert_close(p, whole.get_parameter(name), rtol=0, atol=1e-6)
