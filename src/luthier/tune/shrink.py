@@ -27,8 +27,10 @@ from luthier.models.topology import Block, Topology
 from luthier.tune.selector.parts import Unit, heads, neurons, slice_of, without
 from luthier.tune.whole import refuse_wrapped
 
-_HEADS = ("num_attention_heads", "num_key_value_heads", "num_heads", "n_heads", "n_head", "encoder_attention_heads")
-_HEADS += ("decoder_attention_heads",)
+_HEADS = (
+    *("num_attention_heads", "num_key_value_heads", "num_heads", "n_heads", "n_head"),
+    *("encoder_attention_heads", "decoder_attention_heads"),
+)
 _WIDTHS = ("intermediate_size", "n_inner", "d_ff", "hidden_dim", "encoder_ffn_dim", "decoder_ffn_dim")
 
 
