@@ -7,11 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from transformers import AutoModelForCausalLM
 
 from luthier.errors import InputError
+from luthier.models import ModelSettings, load
+from luthier.pipeline.plan import plan
+from luthier.pipeline.recipe import load_recipe
 from luthier.pipeline.run import resume, run
 from luthier.pipeline.stage import STAGES, read_manifest
+from luthier.tune.low_rank_sparse import load_update
+from luthier.weights.selection import Selection
 
 HERE = {"progress": False}
 
@@ -100,6 +107,46 @@ def test_phases_follow_each_other(recipe, tmp_path):
     assert result.exit_code == 0, result.summary
     facts = manifests(result.folder)["tune"].facts
     assert [p["method"] for p in facts["phases"]] == ["lora", "full"] and facts["format"] == "model"
+
+
+def test_a_phase_goes_on_with_the_update_of_the_one_before(recipe, tmp_path):
+    train = {**recipe["tune"]["train"], "learning_rate": 1e-2, "num_train_epochs": 1}
+    recipe["tune"] = [
+        {"method": "dsee", "r": 4, "num_sparse": 16, "train": train},
+        {"method": "dsee_prune", "density": 0.9, "adapted_density": 0.9, "score": "weight", "train": train},
+    ]
+    result = run(recipe, runs=tmp_path, until="evaluate", **HERE)
+    assert result.exit_code == 0, result.summary
+    facts = manifests(result.folder)["tune"].facts
+    assert [p["method"] for p in facts["phases"]] == ["dsee", "dsee_prune"] and facts["format"] == "model"
+    assert facts["phases"][0]["trainable"] == facts["phases"][1]["trainable"]
+    assert [p["trainable_parameters"] for p in plan(recipe)["tune"]] == [p["trainable"] for p in facts["phases"]]
+    tuned = result.folder / "4-tune" / "tuned"
+    base = load(ModelSettings(base=recipe["model"]["base"])).model
+    alone, whole = load_update(base, tuned), AutoModelForCausalLM.from_pretrained(tuned)
+    ids = torch.arange(1, 30)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(alone(input_ids=ids).logits, whole(input_ids=ids).logits, rtol=0, atol=1e-4)
+    mask = Selection.load(tuned / "mask.safetensors")
+    assert abs(mask.density - 0.9) < 1e-3
+    # Cut off in the second phase, it takes up the first one's update again and ends with the same bits.
+    again = tmp_path / "again"
+    shutil.copytree(result.folder, again)
+    shutil.rmtree(again / "5-evaluate")
+    (again / "4-tune" / "manifest.json").unlink()
+    last = max((again / "4-tune" / "phase-2" / "checkpoints").glob("step-*"), key=lambda p: int(p.name[5:]))
+    shutil.rmtree(last)
+    assert resume(again, until="evaluate", **HERE).exit_code == 0
+    for name in ("model.safetensors", "dsee.safetensors", "mask.safetensors"):
+        assert (again / "4-tune" / "tuned" / name).read_bytes() == (tuned / name).read_bytes(), name
+
+
+def test_a_tuning_that_follows_another_says_so(recipe):
+    phase = recipe["tune"]
+    for wrong in ([{"method": "dsee_prune"}], [phase, {"method": "dsee_prune"}]):
+        recipe["tune"] = wrong
+        with pytest.raises(InputError, match="dsee_prune goes on after dsee, and"):
+            load_recipe(recipe)
 
 
 def test_no_forgetting_check_is_said_first(recipe, tmp_path):

@@ -9,7 +9,7 @@ from luthier.errors import InputError
 from luthier.models.topology import Topology
 from luthier.objectives import Sft
 from luthier.train import TuningCallback
-from luthier.tune import CofiTune, GreenTrainer, Hft, Lisa, MaskTuning, Probe
+from luthier.tune import CofiTune, Dsee, DseePrune, GreenTrainer, Hft, Lisa, MaskTuning, Probe
 from luthier.tune.lisa import draw
 from luthier.tune.selector.importance_score import save_importance
 from luthier.worlds import tiny
@@ -200,3 +200,44 @@ def test_only_tensors_under_the_budget_move_in_trls_sft_trainer(tmp_path):
     moved = {name for name, p in base.named_parameters() if not torch.equal(p, before[name])}
     assert [choice["step"] for choice in choices] == [0, 4] and moved == ever
     assert all(choice["share"] <= 0.62 and choice["passes"] > 0 for choice in choices)
+
+
+@pytest.mark.parametrize("trainer", ["transformers", "trl"])
+def test_an_update_is_trained_pruned_and_trained_on(trainer, tmp_path):
+    """Both phases, one after the other: only the update moves, and what was pruned stays zero."""
+    more = {"learning_rate": 1e-2, "weight_decay": 0.1}
+    if trainer == "transformers":
+        base, data = model(), rows()
+        args = TrainingArguments(**arguments(tmp_path, **more))
+
+        def fit(tuned):
+            calls = [TuningCallback(tuned)]
+            Trainer(model=tuned.model, args=args, train_dataset=data, callbacks=calls).train()
+
+    else:
+        trl = pytest.importorskip("trl")
+        from transformers import AutoTokenizer
+
+        base = AutoModelForCausalLM.from_pretrained(tiny.folder())
+        tokenizer = AutoTokenizer.from_pretrained(tiny.folder())
+        args = trl.SFTConfig(**arguments(tmp_path, bf16=False, max_length=64, **more))
+        data = Dataset.from_dict({"prompt": ["What is 2 + 2?"] * 40, "completion": [" 4"] * 40})
+
+        def fit(tuned):
+            calls = [TuningCallback(tuned)]
+            trl.SFTTrainer(
+                model=tuned.model, args=args, train_dataset=data, processing_class=tokenizer, callbacks=calls
+            ).train()
+
+    before = {name: p.detach().clone() for name, p in base.named_parameters()}
+    tuned = Dsee(r=4, num_sparse=8).attach(base, Probe(Topology.of(base)))
+    for phase in (1, 2):
+        if phase == 2:
+            tuned = DseePrune(score="update", density=0.5).attach(tuned.model, Probe(Topology.of(tuned.model)))
+        start = {name: p.detach().clone() for name, p in tuned.moving().items()}
+        fit(tuned)
+        assert all(not torch.equal(p, start[name]) for name, p in tuned.moving().items())
+    for name, p in tuned.frozen().items():
+        name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        kept = tuned.mask.mask(name) if name in tuned.mask else torch.ones_like(p, dtype=torch.bool)
+        assert torch.equal(p, before[name] * kept), name

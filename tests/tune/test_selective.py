@@ -153,6 +153,32 @@ SLOTS = {
             "on_reselect": "keep",
         },
     ),
+    "dsee": (
+        {},
+        {
+            "scope": "adapted matrices",
+            "score": "|sparse part of a decomposition|",
+            "choose": "top (64)",
+            "competition": "tensor",
+            "granularity": "element",
+            "schedule": "start",
+            "apply": "added",
+            "on_reselect": "none",
+        },
+    ),
+    "dsee_prune": (
+        {},
+        {
+            "scope": "linears of the blocks",
+            "score": "|update| (adapted group), |w| (rest)",
+            "choose": "top 0.8 is kept",
+            "competition": "group",
+            "granularity": "element",
+            "schedule": "start",
+            "apply": "weight",
+            "on_reselect": "none",
+        },
+    ),
 }
 
 

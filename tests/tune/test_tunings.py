@@ -28,6 +28,7 @@ TUNINGS += [{"method": "lt_sft", "density": 0.1, "full": {"min_steps": 1, "max_s
 TUNINGS += [
     {"method": "mask_tuning", "targets": kind, "grad_dropout": {"enabled": False}} for kind in ("attention", "all")
 ]
+TUNINGS += [{"method": "dsee", "r": 4, "num_sparse": 16}]
 
 
 def make():

@@ -62,7 +62,7 @@ def plan(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[st
     model = skeleton(recipe.model)
     topology = Topology.of(model)
     counts = count(model, topology)
-    phases = []
+    phases: list[dict[str, Any]] = []
     search = recipe.environment.search
     grid = Grid.of(search, recipe.tune[0], rows) if search else None
     findings += grid.findings() if grid else []
@@ -71,7 +71,8 @@ def plan(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[st
         span = Span.of(train, max(1, rows))
         if span.rows_per_step < train.effective_batch_size:
             findings.append(batch_capped(train.effective_batch_size, span.rows_per_step, rows))
-        moving = _moving(phase.tuning, topology, model)
+        goes_on = phase.tuning.continues and phases  # moves what the phase before it did
+        moving = phases[-1]["trainable_parameters"] if goes_on else _moving(phase.tuning, topology, model)
         length = max(longest, train.max_tokens_per_device)
         memory = estimate(
             counts,

@@ -136,6 +136,18 @@ class Recipe(Section):
         return [value] if isinstance(value, Mapping | str) else value
 
     @model_validator(mode="after")
+    def _tunings_follow(self) -> Recipe:
+        before = [None, *(phase.tuning.method for phase in self.tune)]
+        for number, phase in enumerate(self.tune):
+            wanted = phase.tuning.continues
+            if wanted and before[number] not in wanted:
+                found = f"the phase before it is {before[number]}" if before[number] else "it is the first phase"
+                raise ValueError(
+                    f"tune.{number}: {phase.tuning.method} goes on after {' or '.join(wanted)}, and {found}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _search_suits_tune(self) -> Recipe:
         if self.environment.search:
             self.environment.search.suits(self.tune)

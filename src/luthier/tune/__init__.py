@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 METHODS = {
     "cofitune": "luthier.tune.cofitune:CofiTune",
+    "dsee": "luthier.tune.dsee:Dsee",
+    "dsee_prune": "luthier.tune.dsee_prune:DseePrune",
     "full": "luthier.tune.full:Full",
     "greentrainer": "luthier.tune.greentrainer:GreenTrainer",
     "hft": "luthier.tune.hft:Hft",
@@ -24,6 +26,8 @@ METHODS = {
 
 _WHERE = {
     "CofiTune": "luthier.tune.cofitune",
+    "Dsee": "luthier.tune.dsee",
+    "DseePrune": "luthier.tune.dsee_prune",
     "Full": "luthier.tune.full",
     "GreenTrainer": "luthier.tune.greentrainer",
     "Hft": "luthier.tune.hft",
@@ -40,6 +44,8 @@ _WHERE = {
 __all__ = [
     "METHODS",
     "CofiTune",
+    "Dsee",
+    "DseePrune",
     "Full",
     "GreenTrainer",
     "Hft",
@@ -57,6 +63,8 @@ __all__ = [
 if TYPE_CHECKING:
     from luthier.tune.base import Probe, Tuned, Tuning
     from luthier.tune.cofitune import CofiTune
+    from luthier.tune.dsee import Dsee
+    from luthier.tune.dsee_prune import DseePrune
     from luthier.tune.full import Full
     from luthier.tune.greentrainer import GreenTrainer
     from luthier.tune.hft import Hft

@@ -71,7 +71,12 @@ class Anchor:
 
 
 class Tuning(Method):
-    """Base of all tunings. Verb: `attach`."""
+    """Base of all tunings. Verb: `attach`.
+
+    Attributes:
+        continues: methods after which this one may stand, and must: `attach` is handed their model as they left it,
+            with what they added still beside its weights. Empty: a plain model, whatever came before.
+    """
 
     room: ClassVar[str] = "tune"
     default_learning_rate: ClassVar[float] = 2e-5
@@ -80,6 +85,8 @@ class Tuning(Method):
     def own_learning_rate(self) -> float:
         """The peak rate of a phase that names none, as far as the settings tell; `InputError` if they do not."""
         return self.default_learning_rate
+
+    continues: ClassVar[tuple[str, ...]] = ()
 
     def attach(self, model: nn.Module, probe: Probe) -> Tuned:
         """Prepare `model` (changed in place: wrapped, frozen) and return what the loop drives."""

@@ -20,7 +20,6 @@ Source: Hu et al., LoRA, ICLR 2022, equation 3. Learning rates are about ten tim
 from __future__ import annotations
 
 import dataclasses
-import re
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -31,6 +30,7 @@ from torch import nn
 
 from luthier.errors import InputError, did_you_mean
 from luthier.tune.base import Probe, Tuned, Tuning
+from luthier.tune.targets import refuse_skipped, target_paths, task_type
 
 # Options of LoraConfig that have a name of their own here, or that the run decides.
 _OURS = {
@@ -92,8 +92,8 @@ class Lora(Tuning):
                 r=self.rank,
                 lora_alpha=alpha,  # type: ignore[arg-type]
                 lora_dropout=self.dropout,
-                target_modules=self._targets(model, probe),
-                task_type=options.pop("task_type", _task_type(model)),
+                target_modules=target_paths(self.targets, model, probe.topology),
+                task_type=options.pop("task_type", task_type(model)),
                 **options,
             )
             with torch.random.fork_rng():
@@ -101,35 +101,8 @@ class Lora(Tuning):
                 adapted = get_peft_model(model, config)  # type: ignore[arg-type]
         except (TypeError, ValueError) as error:
             raise InputError(f"PEFT refuses these options: {error}", where="tune") from error
-        _refuse_skipped(config.target_modules, adapted)
+        refuse_skipped(config.target_modules, adapted)
         return LoraTuned(self, adapted, model)
-
-    def _targets(self, model: nn.Module, probe: Probe) -> list[str] | str:
-        """Module paths for PEFT; `InputError` for names that match no linear."""
-        if self.targets == "all-linear":
-            return probe.topology.linears("all")
-        if self.targets in ("attention", "feed_forward"):
-            return probe.topology.linears(self.targets)  # type: ignore[arg-type]
-        modules = [name for name, _ in model.named_modules() if name]
-        ends = {name.rsplit(".", 1)[-1] for name in probe.topology.linears("all")}
-        if isinstance(self.targets, str):
-            try:
-                pattern = re.compile(self.targets)
-            except re.error as error:
-                raise InputError(f"{self.targets!r} is no regular expression: {error}", where="tune.targets") from None
-            if not any(pattern.fullmatch(name) for name in modules):
-                raise InputError(
-                    f"{self.targets!r} matches no module of the model",
-                    where="tune.targets",
-                    fix=did_you_mean(self.targets, ends | {"all-linear", "attention", "feed_forward"}),
-                )
-            return self.targets
-        for target in self.targets:
-            if not any(name == target or name.endswith(f".{target}") for name in modules):
-                raise InputError(
-                    f"{target!r} matches no module of the model", where="tune.targets", fix=did_you_mean(target, ends)
-                )
-        return list(self.targets)
 
 
 class LoraTuned(Tuned):
@@ -152,24 +125,3 @@ class LoraTuned(Tuned):
 # Ways to begin (`init_lora_weights`) that leave the weights of the base as they are; others (PiSSA, OLoRA, CorDA,
 # LoftQ) take the adapter's part out of them, so that switching the adapter off does not give the base.
 _BASE_UNTOUCHED = (True, False, "gaussian", "orthogonal", "eva")
-
-
-def _refuse_skipped(asked: Any, adapted: Any) -> None:
-    """PEFT leaves out some names without a word (dense linears beside fused experts); we do not."""
-    if not isinstance(asked, set | list | tuple):
-        return
-    got = adapted.base_model.targeted_module_names
-    left = sorted(t for t in asked if not any(name == t or name.endswith(f".{t}") for name in got))
-    if left:
-        shown = ", ".join(left[:4]) + (f" and {len(left) - 4} more" if len(left) > 4 else "")
-        raise InputError(f"PEFT leaves out {shown} of this model", where="tune.targets", fix="try targets: attention")
-
-
-def _task_type(model: nn.Module) -> str | None:
-    """What PEFT calls the model's kind, so that its saved adapter loads into the right class."""
-    name = type(model).__name__
-    if name.endswith(("ForCausalLM", "LMHeadModel")):
-        return "CAUSAL_LM"
-    if name.endswith("ForConditionalGeneration"):
-        return "SEQ_2_SEQ_LM"
-    return "SEQ_CLS" if name.endswith("ForSequenceClassification") else None

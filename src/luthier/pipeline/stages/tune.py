@@ -1,6 +1,9 @@
 """Stage 4, tune: the phases one after the other, each from where the one before ended; before that a search over the
 learning rate and batch of the one phase, where the recipe asks for one.
 
+Between two phases the update is folded into the weights, unless the next tuning `continues` this one: then it is
+handed the model with the update still beside them.
+
 A phase that is followed by another leaves a key of all that decided it. Where another run of the same name, or another
 cell of a study, has finished the same first phases from the same model and rows, they are taken over with their last
 checkpoints: supervised tuning before six preference losses is done once.
@@ -111,10 +114,11 @@ class TuneStage(Stage):
                 context.ranks.first(lambda at=loop.directory, n=number: write_json(at / KEY, _key(context, n)))  # type: ignore[misc]
             facts["phases"].append(phase_facts)
             tuned = _in_one_piece(context, loop, phase)
-            if len(recipe.tune) == 1:
+            if last and all(p.tuning.continues for p in recipe.tune[1:]):  # the base is the one on disk
                 facts["format"] = context.ranks.first(lambda tuned=tuned: _save(tuned, directory / "tuned"))  # type: ignore[misc]
             else:
-                model = tuned.merged()
+                goes_on = not last and phases[number].tuning.continues
+                model = tuned.model if goes_on else tuned.merged()
                 loaded.model, loaded.topology = model, Topology.of(model)
                 if last:
                     facts["format"] = context.ranks.first(lambda: _save(loaded.model, directory / "tuned"))

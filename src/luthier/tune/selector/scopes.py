@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -20,11 +20,7 @@ class Linears:
     exclude: tuple[str, ...] = ()
 
     def names(self, model: nn.Module, topology: Topology) -> list[str]:
-        parameters = dict(model.named_parameters())
-        paths = [path for scope in ("all", "experts") for path in topology.linears(scope)]
-        fused = [name for block in topology.blocks for name in block.experts.parameters if name in parameters]
-        inside = {f"{path}.weight" for path in paths} | {n for n in fused if not n.endswith("_bias")}
-        return matching([name for name in parameters if name in inside], self.patterns, self.exclude)
+        return matching(linear_weights(dict(model.named_parameters()), topology), self.patterns, self.exclude)
 
     def __str__(self) -> str:
         return _said("weights of all linear layers but the head", self.patterns, self.exclude)
@@ -60,6 +56,14 @@ class Body:
 
     def __str__(self) -> str:
         return "body parameters that are not frozen"
+
+
+def linear_weights(names: Iterable[str], topology: Topology) -> list[str]:
+    """Those of `names` that are weights of linears inside the blocks, experts included, in order."""
+    paths = [path for scope in ("all", "experts") for path in topology.linears(scope)]
+    fused = [name for block in topology.blocks for name in block.experts.parameters]
+    inside = {f"{path}.weight" for path in paths} | {name for name in fused if not name.endswith("_bias")}
+    return [name for name in names if name in inside]
 
 
 def matching(names: Sequence[str], patterns: Sequence[str], exclude: Sequence[str] = ()) -> list[str]:

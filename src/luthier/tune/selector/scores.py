@@ -34,10 +34,10 @@ class Random(Score):
     seed: int = 0
 
     def entries(self, view: View, name: str) -> Tensor:
-        generator = torch.Generator().manual_seed(
-            zlib.crc32(f"{view.probe.seed} {self.seed} {view.period} {name}".encode())
-        )
-        return torch.rand(view.model.get_parameter(name).shape, generator=generator)
+        return torch.rand(view.model.get_parameter(name).shape, generator=self.generator(view, name))
+
+    def generator(self, view: View, name: str) -> torch.Generator:
+        return torch.Generator().manual_seed(zlib.crc32(f"{view.probe.seed} {self.seed} {view.period} {name}".encode()))
 
     def __str__(self) -> str:
         return "uniform random"

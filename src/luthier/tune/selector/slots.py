@@ -4,7 +4,7 @@
     score         a number for each entry, or for each unit
     choose        which of them, given their numbers
     competition   among whom the choice is made: within a tensor, a layer, a group, or over everything
-    granularity   what is chosen: entries, rows, whole tensors, whole blocks
+    granularity   what is chosen: entries, rows, heads, neurons, whole tensors, whole blocks
     schedule      when the choice is made, in optimiser steps
     apply         how it acts: only chosen entries are stepped, or rows by a share (gradient), the step itself is made
                   smaller (update), only chosen tensors have a gradient at all (requires_grad), the weight is masked
@@ -29,7 +29,7 @@ from luthier.models.topology import Topology
 from luthier.tune.base import Probe
 
 Competition = Literal["tensor", "layer", "group", "global", "none"]
-Granularity = Literal["element", "row", "tensor", "block"]
+Granularity = Literal["element", "row", "head", "neuron", "tensor", "block"]
 Apply = Literal["gradient", "update", "requires_grad", "weight", "added"]
 OnReselect = Literal["carry", "reset", "drop", "keep", "offload", "rewind", "none"]
 Shape = tuple[int, ...]
