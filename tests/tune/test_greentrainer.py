@@ -22,9 +22,11 @@ from transformers import (
 from luthier.errors import InputError
 from luthier.models.topology import Topology
 from luthier.objectives import Sft
+from luthier.train import Loop, TrainSettings, probing
 from luthier.tune import GreenTrainer, Lora, Probe
 from luthier.tune.selector.loss_drop import tensor_importance
 from luthier.tune.selector.slots import View
+from luthier.worlds.facts import Facts, new_model
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 EVERY_STEP = {"interval": 1, "interval_unit": "step"}
@@ -290,6 +292,27 @@ def test_resumed_without_a_new_probe():
         assert torch.equal(a, b), name
     one, two = whole.history, again.history
     assert one["training"] == two["training"] and chosen_by(whole) == chosen_by(again)
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(tmp_path):
+    """In the loop itself, from a checkpoint within a period and across the next choice."""
+    rows = Facts(0).examples(range(1))
+    settings = TrainSettings(learning_rate=1e-3, max_steps=6, effective_batch_size=40, save_steps=1)
+    outcomes = []
+    for stops in ((None,), (2, None)):
+        for until in stops:
+            torch.manual_seed(0)
+            model = new_model(0, 2)
+            probe = probing.probe_of(Topology.of(model), Sft(), settings, rows)
+            tuned = GreenTrainer(interval=1).attach(model, probe)
+            Loop(tuned, Sft(), settings, rows, directory=tmp_path / str(len(stops)), device="cpu").run(until=until)
+        outcomes.append((bits(dict(model.named_parameters())), tuned.history))
+    (weights, history), (again, same) = outcomes
+    assert weights == again and len(history["choices"]) == 2
+    assert history["training"] == same["training"] and history["full"] == same["full"]
+    for choice in (*history["choices"], *same["choices"]):
+        del choice["probe"]  # a new process measures the costs of a pass once more
+    assert history["choices"] == same["choices"]
 
 
 # The ledger
