@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 METHODS = {
     "full": "luthier.tune.full:Full",
     "hft": "luthier.tune.hft:Hft",
+    "levi": "luthier.tune.levi:Levi",
     "lift": "luthier.tune.lift:Lift",
     "lisa": "luthier.tune.lisa:Lisa",
     "lora": "luthier.tune.lora:Lora",
@@ -23,16 +24,18 @@ _WHERE = {
     "Probe": "luthier.tune.base",
     "Full": "luthier.tune.full",
     "Hft": "luthier.tune.hft",
+    "Levi": "luthier.tune.levi",
     "Lift": "luthier.tune.lift",
     "Lisa": "luthier.tune.lisa",
     "Lora": "luthier.tune.lora",
 }
-__all__ = ["METHODS", "Full", "Hft", "Lift", "Lisa", "Lora", "Probe", "Tuned", "Tuning"]
+__all__ = ["METHODS", "Full", "Hft", "Levi", "Lift", "Lisa", "Lora", "Probe", "Tuned", "Tuning"]
 
 if TYPE_CHECKING:
     from luthier.tune.base import Probe, Tuned, Tuning
     from luthier.tune.full import Full
     from luthier.tune.hft import Hft
+    from luthier.tune.levi import Levi
     from luthier.tune.lift import Lift
     from luthier.tune.lisa import Lisa
     from luthier.tune.lora import Lora
