@@ -104,7 +104,7 @@ def train(tuned, batch, steps=5, rate=1e-2, decay=0.1):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         tuned.on_step_end(step)
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     tuned.on_phase_end()
     tuned.model.eval()
     return losses

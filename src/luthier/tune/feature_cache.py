@@ -57,7 +57,8 @@ class FeatureCache:
         self._names.truncate(count * _KEY)
         names = (self.folder / "keys.bin").read_bytes()
         self._at = {names[i * _KEY : (i + 1) * _KEY]: i for i in range(count)}
-        self._count, self._mapped = count, self._map()
+        self._count = count
+        self._mapped = self._map()
 
     def __len__(self) -> int:
         return len(self._at)
@@ -67,10 +68,14 @@ class FeatureCache:
 
     def put(self, keys: Sequence[bytes], vectors: Tensor) -> None:
         """Append `vectors` (rows, width) under `keys`; a key that is there keeps its vector."""
-        new = {key: i for i, key in reversed(list(enumerate(keys))) if key not in self._at}
+        new: dict[bytes, int] = {}
+        for i, key in enumerate(keys):
+            if key not in self._at:
+                new.setdefault(key, i)
         if not new:
             return
-        values = vectors.detach().float().cpu().numpy()[list(new.values())].astype(self.dtype)
+        with np.errstate(over="ignore"):  # told below
+            values = vectors.detach().float().cpu().numpy()[list(new.values())].astype(self.dtype)
         if values.shape[1] != self.width:
             raise InputError(f"vectors of {values.shape[1]} numbers for a cache of {self.width}")
         if not np.isfinite(values).all():

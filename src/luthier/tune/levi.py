@@ -188,10 +188,9 @@ class Levi(Tuning):
                 blocks = [block for block in probe.topology.blocks if block.path in used]
                 targets = [path for block in blocks for path in (*block.attention, *block.feed_forward)]
                 lora: Any = build("tune", {"targets": targets, **self.lora, "method": "lora"})
+                # Without a task PEFT does not tune a classifier's head along, which is not used here.
+                lora = lora.model_copy(update={"peft": {**lora.peft, "task_type": None}})
                 adapted = lora.attach(model, Probe(probe.topology, probe.seed)).model
-            for name, parameter in adapted.named_parameters():
-                if "modules_to_save" in name:  # the head, which PEFT tunes along in classifiers, is not used here
-                    parameter.requires_grad_(False)
             return adapted
         if self.backbone == "full":
             move_used(model, probe.topology, where)
