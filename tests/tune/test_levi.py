@@ -577,7 +577,7 @@ def test_the_small_models_of_images_and_bags():
 
 
 @pytest.mark.parametrize("backbone", ["frozen", "lora", "full"])
-@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
 def test_saved_and_loaded_it_computes_the_same(name, backbone, tmp_path):
     batch = text()
     tuned = attach(make(name), backbone=backbone, combine="learned")
@@ -613,7 +613,8 @@ def test_a_users_own_module_is_handed_over_and_never_imported_from_a_file(tmp_pa
 
 @pytest.mark.parametrize("backbone", ["frozen", "lora", "full"])
 def test_state_comes_back_bit_for_bit(backbone):
-    a, b = attach(make(), backbone=backbone), attach(make(), backbone=backbone, seed=5)
+    a, b = (attach(make("gpt2"), backbone=backbone, seed=seed) for seed in (0, 5))
+    assert a.state_dict().keys() == a.moving().keys()  # nothing twice, though this head is tied to the embedding
     train(a, text())
     b.load_state_dict({name: value.clone() for name, value in a.state_dict().items()})
     assert all(torch.equal(x, y) for x, y in zip(a.moving().values(), b.moving().values(), strict=True))

@@ -253,10 +253,11 @@ class LeviTuned(Tuned):
 
     def state_dict(self) -> dict[str, Tensor]:
         """What moves, and the buffers beside it (running means of a task model's own norms)."""
-        fixed = self.frozen().keys()
-        still = "backbone." if self.model.frozen else "\0"
-        whole = self.model.state_dict().items()
-        return {name: t.detach() for name, t in whole if name not in fixed and not name.startswith(still)}
+        buffers = {name for name, _ in self.model.named_buffers()}
+        if self.model.frozen:
+            buffers = {name for name in buffers if not name.startswith("backbone.")}
+        kept = self.moving().keys() | buffers
+        return {name: tensor.detach() for name, tensor in self.model.state_dict().items() if name in kept}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         own = self.state_dict()
