@@ -434,6 +434,17 @@ def test_a_backbone_that_moves_does_so_only_where_it_is_read(name, backbone):
     assert same == (backbone == "lora") and detached.state_dict().keys() == base.keys()
 
 
+def test_a_backbone_of_half_precision_has_float32_beside_it():
+    tuned = attach(make("llama").to(torch.bfloat16), lambda: [text()], cache_features=True)
+    losses = train(tuned, text(), 20)
+    out = tuned.model(**text())
+    assert losses[-1] < losses[0] and out.logits.dtype == torch.float32
+    assert {p.dtype for p in tuned.moving().values()} == {torch.float32}
+    plain = attach(make("llama").to(torch.bfloat16)).model.features(to_front(inputs(text())))
+    for a, b in zip(tuned.model.features(to_front(inputs(text()))), plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=2**-7, atol=2**-7)  # bfloat16 has 8 bits
+
+
 def test_full_leaves_what_lies_beyond_the_last_layer():
     moving = attach(make("llama"), backbone="full", layers=(1, 2)).moving()
     assert any("layers.1." in name for name in moving)

@@ -188,7 +188,8 @@ class LayerEnsemble(nn.Module):
         self.adapting = nn.ModuleList([AdaptingLayer(d, width, target.outputs, hidden, norm) for d in self.widths])
         self.numbers = nn.Parameter(torch.zeros(len(self.widths))) if learned else None
         self.cache: FeatureCache | None = None
-        self.config = PreTrainedConfig(keys_to_ignore_at_inference=["member_logits"])  # rows are not its first size
+        self.config = PreTrainedConfig()
+        self.config.keys_to_ignore_at_inference = ["member_logits"]  # a Trainer joins batches along the first size
         self.train(self.training)
 
     def to_device_of_backbone(self) -> None:
