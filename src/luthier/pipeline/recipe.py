@@ -111,6 +111,16 @@ class Phase(Section):
             return {"tuning": build("tune", rest), **parts}
         return value
 
+    @model_validator(mode="after")
+    def _learns_tokens(self) -> Phase:
+        from luthier.tune.base import refuse_labels
+
+        try:
+            refuse_labels(self.tuning)
+        except InputError as error:
+            raise ValueError(str(error)) from None
+        return self
+
     @model_serializer
     def _flat(self) -> dict[str, Any]:
         own = self.tuning.model_dump(mode="json")

@@ -48,7 +48,7 @@ from luthier.train.reference import Reference, cache, without_dropout
 from luthier.train.settings import TrainSettings
 from luthier.train.signals import StopSignals
 from luthier.train.span import Span
-from luthier.tune.base import Tuned
+from luthier.tune.base import Tuned, refuse_labels
 
 
 class Interrupted(CrashError):
@@ -86,6 +86,7 @@ class Loop:
         trackers: Sequence[str] = (),
         rehearse: int | None = None,
     ):
+        refuse_labels(tuned.settings)
         self.needs = objective.needs()
         self.train = view(train, self.needs.learns_from, objective.method)
         self.validation: View | None = None

@@ -16,6 +16,7 @@ METHODS = {
     "full": "luthier.tune.full:Full",
     "greentrainer": "luthier.tune.greentrainer:GreenTrainer",
     "hft": "luthier.tune.hft:Hft",
+    "levi": "luthier.tune.levi:Levi",
     "lift": "luthier.tune.lift:Lift",
     "lisa": "luthier.tune.lisa:Lisa",
     "lora": "luthier.tune.lora:Lora",
@@ -31,6 +32,7 @@ _WHERE = {
     "Full": "luthier.tune.full",
     "GreenTrainer": "luthier.tune.greentrainer",
     "Hft": "luthier.tune.hft",
+    "Levi": "luthier.tune.levi",
     "Lift": "luthier.tune.lift",
     "Lisa": "luthier.tune.lisa",
     "Lora": "luthier.tune.lora",
@@ -49,6 +51,7 @@ __all__ = [
     "Full",
     "GreenTrainer",
     "Hft",
+    "Levi",
     "Lift",
     "Lisa",
     "Lora",
@@ -68,6 +71,7 @@ if TYPE_CHECKING:
     from luthier.tune.full import Full
     from luthier.tune.greentrainer import GreenTrainer
     from luthier.tune.hft import Hft
+    from luthier.tune.levi import Levi
     from luthier.tune.lift import Lift
     from luthier.tune.lisa import Lisa
     from luthier.tune.lora import Lora

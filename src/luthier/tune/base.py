@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +76,8 @@ class Tuning(Method):
     Attributes:
         continues: methods after which this one may stand, and must: `attach` is handed their model as they left it,
             with what they added still beside its weights. Empty: a plain model, whatever came before.
+        predicts: what the tuned model gives: tokens, as the base does, or one label per row (then it has a loss of its
+            own, and the objectives of this house, which all learn tokens, do not apply).
     """
 
     room: ClassVar[str] = "tune"
@@ -87,6 +89,7 @@ class Tuning(Method):
         return self.default_learning_rate
 
     continues: ClassVar[tuple[str, ...]] = ()
+    predicts: ClassVar[Literal["tokens", "labels"]] = "tokens"
 
     def attach(self, model: nn.Module, probe: Probe) -> Tuned:
         """Prepare `model` (changed in place: wrapped, frozen) and return what the loop drives."""
@@ -95,6 +98,15 @@ class Tuning(Method):
     def planned(self, model: nn.Module, topology: Topology) -> int:
         """How many numbers will move at most, told from a model without weights (on the `meta` device)."""
         return sum(p.numel() for p in self.attach(model, Probe(topology)).moving().values())
+
+
+def refuse_labels(tuning: Tuning) -> None:
+    """`InputError` for a tuning that predicts labels where tokens are learned."""
+    if tuning.predicts == "labels":
+        raise InputError(
+            f"tune.method {tuning.method!r} predicts one label per row, and the objectives of a run learn tokens",
+            fix="attach it in Python and train it with transformers' Trainer or a loop of your own",
+        )
 
 
 class Tuned:
@@ -224,7 +236,8 @@ class Tuned:
     # The outcome
 
     def save(self, directory: Path) -> str:
-        """Write the outcome into the empty folder `directory`; returns its format, `model` or `adapter`."""
+        """Write the outcome into the empty folder `directory`; returns its format: `model`, `adapter` (of PEFT), or
+        the method's name for one of its own."""
         raise NotImplementedError
 
     def merged(self) -> nn.Module:
