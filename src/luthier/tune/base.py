@@ -55,10 +55,16 @@ class Probe:
 
 
 class Tuning(Method):
-    """Base of all tunings. Verb: `attach`."""
+    """Base of all tunings. Verb: `attach`.
+
+    Attributes:
+        in_sessions: whether it learns from labelled examples that come in sessions (`luthier.train.sessions`), and not
+            from the rows of a recipe.
+    """
 
     room: ClassVar[str] = "tune"
     default_learning_rate: ClassVar[float] = 2e-5
+    in_sessions: ClassVar[bool] = False
 
     def attach(self, model: nn.Module, probe: Probe) -> Tuned:
         """Prepare `model` (changed in place: wrapped, frozen) and return what the loop drives."""
