@@ -100,7 +100,7 @@ def noisy(spread: float) -> Augment:
         raise InputError(f"expected a standard deviation, 0 or more, got {spread}", where="spread")
 
     def view(pictures: Tensor, generator: Generator) -> Tensor:
-        noise = torch.randn(pictures.shape, generator=generator, device=generator.device).to(pictures)
+        noise = torch.randn(_shape(pictures), generator=generator, device=generator.device).to(pictures)
         return pictures + spread * noise
 
     return view

@@ -48,6 +48,14 @@ def take(inputs: Inputs, places: Tensor) -> Inputs:
     return inputs[places] if isinstance(inputs, Tensor) else {name: value[places] for name, value in inputs.items()}
 
 
+def _checked(dataset: Dataset) -> Dataset:
+    inputs, labels = dataset
+    for part in [inputs] if isinstance(inputs, Tensor) else inputs.values():
+        if labels.ndim != 1 or len(labels) != len(part):
+            raise InputError(f"{len(part)} examples need as many labels, got {list(labels.shape)}", where="dataset")
+    return dataset
+
+
 def word(*numbers: int) -> int:
     """One seed (63 bits) out of several whole numbers, 0 or more."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
@@ -90,6 +98,7 @@ class SessionStream:
         for name, value in (("base", base), ("way", way), ("shots", shots)):
             if value < 1:
                 raise InputError(f"expected a whole number, 1 or more, got {value}", where=name)
+        _checked(dataset)
         found = dataset[1].unique().tolist()
         if base > len(found):
             raise InputError(f"{base} base classes are asked for, and the data hold {len(found)}", where="base_classes")
@@ -116,10 +125,7 @@ class SessionStream:
     def _fill(
         self, dataset: Dataset, groups: Sequence[Sequence[int]], shots: int, seed: int, base_shots: int | str | None
     ) -> None:
-        self.inputs, labels = dataset
-        count = len(self.inputs) if isinstance(self.inputs, Tensor) else len(next(iter(self.inputs.values())))
-        if labels.ndim != 1 or len(labels) != count:
-            raise InputError(f"{count} examples need as many labels, got {list(labels.shape)}", where="dataset")
+        self.inputs, labels = _checked(dataset)
         if not groups or not all(groups):
             raise InputError("a session without a class", where="groups")
         self.names = [int(label) for group in groups for label in group]
