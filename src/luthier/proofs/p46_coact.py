@@ -1,19 +1,21 @@
-"""46, CoACT: classes that come in small sessions are learnt better than by class means, and the first ones forgotten less
-than by plain tuning.
+"""46, CoACT: are classes that come in small sessions learnt better than by class means, and the first ones forgotten
+less than by plain tuning?
 
-A ViT of 2 blocks, width 64, on patches of 2 by 2 pixels learns, without labels, by how many quarters each training digit
-was turned (500 steps). Sessions: digits 0 to 3, then two more at a time, 10 pictures of each; 5 seeds, which differ in
-the pictures shown. All arms start from the same encoder and imprint new classes:
+A ViT of 2 blocks, width 64, on patches of 2 by 2 pixels learns, without labels, by how many quarters each training
+digit was turned (500 steps; it then tells 88% of the turns of the test digits). Sessions: digits 0 to 3, then two more
+at a time, 10 pictures of each; 5 seeds, which differ in the pictures shown. All arms start from that encoder and set
+the rows of new classes to class means:
 
     prototypes   class means on the encoder as it is
     plain        cross-entropy alone on adapters and classifier, 50 epochs at the full rate in each session
-    gentle       cross-entropy alone, with CoACT's one epoch at a hundredth of the rate in later sessions
     coact        the method with its default settings; of the two blocks the upper one is unfrozen
     no_mse       without the MSE to the base model's logits
     no_teacher   both views go to the student, no teacher in the contrastive loss
-    adapter      nothing pre-trained is unfrozen
 
-Bounds are those of the plan, which calls them not calibrated: the signs must hold, the margins are reported.
+The plan has one rate, 0.05. A trial on seed 0 showed that every tuned arm collapses at it: the cross-entropy of
+session 0 stays at that of a guess, with a loop written by hand as well. So each tuned arm has the better of two rates,
+0.05 and 0.005, by its average accuracy on 300 training pictures that no session shows. Bounds are those of the plan,
+which calls them not calibrated: the signs are to hold, margins are reported, and whether teacher and MSE help is open.
 """
 
 from __future__ import annotations
@@ -31,12 +33,11 @@ from luthier.data.augment import chain, lit, noisy, shifted
 from luthier.proofs.base import Claim, Measurements, Proof, mean
 from luthier.train.sessions import SessionRun
 from luthier.tune.coact import Coact
-from luthier.tune.sessions import SessionStream
+from luthier.tune.sessions import Accuracies, SessionStream
 from luthier.worlds.digits import digits
 
 BASE, WAY, SHOTS = 4, 2, 10
 COACT: dict[str, Any] = {
-    "lr": 0.05,
     "epochs_base": 50,
     "lora": {"r": 8, "alpha": 8},
     "unfreeze": {"epoch": 0, "layer": 1, "lr_factor": 0.1},
@@ -45,12 +46,11 @@ CE_ONLY = {"weights": {"ce": 1, "contrastive": 0, "consistency": 0}, "teacher": 
 ARMS: dict[str, dict[str, Any]] = {
     "prototypes": {"epochs_base": 0, "epochs_incremental": 0, "unfreeze": None},
     "plain": {**CE_ONLY, "epochs_incremental": 50, "inc_lr_factor": 1.0},
-    "gentle": CE_ONLY,
     "coact": {},
     "no_mse": {"weights": {"ce": 1, "contrastive": 1, "consistency": 0}},
     "no_teacher": {"teacher": False},
-    "adapter": {"unfreeze": None},
 }
+RATES, KEPT_BACK = (0.05, 0.005), 300
 LOOK = chain(shifted(1), lit(0.2), noisy(0.05))
 
 
@@ -82,24 +82,46 @@ def scaled(pictures: Tensor) -> Tensor:
 
 
 def prove(seed: int) -> Measurements:
-    (pictures, labels), (others, answers) = digits("train"), digits("test")
-    stream = SessionStream((scaled(pictures), labels), BASE, WAY, SHOTS, seed)
+    pictures, labels = digits("train")
+    pictures = scaled(pictures)
+    stream = SessionStream((pictures, labels), BASE, WAY, SHOTS, seed)
+    shown = torch.cat([session.train for session in stream.sessions])
+    rest = torch.tensor(sorted(set(range(len(labels))) - set(shown.tolist())))
+    mixed = rest[torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed))[:KEPT_BACK]]
+    choosing = (pictures[mixed], labels[mixed])
     found: Measurements = {}
     for arm, changes in ARMS.items():
-        settings = Coact.model_validate({"base_classes": BASE, "way": WAY, "shots": SHOTS, **COACT, **changes})
-        run = SessionRun(settings, copy.deepcopy(encoder()), stream, (scaled(others), answers), augment=LOOK, seed=seed)
-        moved = 0
-        for session in run.sessions():
-            kept = [run.tuned.base, run.tuned.pretrained, run.tuned.teacher]
-            now = [p.clone() for model in kept for p in model.parameters()]
-            if session:
-                moved += sum(int((a != b).sum()) for a, b in zip(now, before, strict=True))
-            before = now
-        results = run.accuracies
+        tried = []
+        for rate in RATES[:1] if arm == "prototypes" else RATES:
+            settings = {"base_classes": BASE, "way": WAY, "shots": SHOTS, "lr": rate, **COACT, **changes}
+            tried.append((*_run(Coact.model_validate(settings), stream, choosing, seed), rate))
+        _, results, moved, rate = max(tried, key=lambda t: t[0])
         found |= {f"first/{arm}": results.seen(0), f"average/{arm}": results.average()}
         found |= {f"final/{arm}": results.seen(-1), f"forgotten/{arm}": results.forgetting(0)}
-        found |= {f"moved/{arm}": float(moved)}
+        found |= {f"rate/{arm}": rate, f"moved/{arm}": moved}
+        found[f"average_at_0.05/{arm}"] = tried[0][1].average()
     return found
+
+
+def _run(
+    settings: Coact, stream: SessionStream, choosing: tuple[Tensor, Tensor], seed: int
+) -> tuple[float, Accuracies, float]:
+    """(average accuracy on pictures to choose by, results on the test digits, how many frozen numbers moved)."""
+    others, answers = digits("test")
+    test = (scaled(others), answers)
+    run = SessionRun(settings, copy.deepcopy(encoder()), stream, test, augment=LOOK, seed=seed)
+    moved, average, before = 0, 0.0, [torch.empty(0)]
+    rows = stream.rows_of(choosing[1])
+    for session in run.sessions():
+        frozen = (run.tuned.base, run.tuned.pretrained, run.tuned.teacher)
+        now = [p.clone() for model in frozen for p in model.parameters()]
+        if session:
+            moved += sum(int((a != b).sum()) for a, b in zip(now, before, strict=True))
+        before = now
+        known = rows < stream[session].classes.stop
+        right = run.predict(choosing[0][known], session) == rows[known]
+        average += float(right.float().mean()) / len(stream)
+    return average, run.accuracies, float(moved)
 
 
 def _less(runs: Any, what: str, arm: str, other: str) -> float:

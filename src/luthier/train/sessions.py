@@ -1,7 +1,8 @@
 """The loop over sessions of classes: `luthier.tune.coact` on labelled examples, exact when it is resumed.
 
-    run = SessionRun(Coact(base_classes=4, way=2, shots=10), encoder, stream, test, augment=chain(shifted(1),
-    noisy(0.1))) accuracies = run.run()
+    look = chain(shifted(1), noisy(0.1))
+    run = SessionRun(Coact(base_classes=4, way=2, shots=10), encoder, stream, test, augment=look)
+    accuracies = run.run()
 
 For each session: rows of the new classes are set to class means, the session's examples are passed over in batches of
 random views, and all classes seen so far are tested. It acts on the model through the tuning's hooks alone, in the

@@ -7,7 +7,7 @@ a few classes each: their rows of the classifier are set to class means, then on
 near those of the model as it was after session 0.
 
     session 0   w1 CE(first view) + w2 SupCon(student's views, teacher's view)
-    later       w1 CE(first view) + w2 SupCon(student's views, teacher of session 0, pre-trained) + w3 MSE(logits, base's)
+    later       w1 CE(first view) + w2 SupCon(student's views, base's teacher, pre-trained) + w3 MSE(logits, base's)
 
     stream = SessionStream((pictures, labels), base=60, way=5, shots=10)
     run = SessionRun(Coact(base_classes=60, way=5, shots=10), encoder, stream, test=(more_pictures, more_labels))
@@ -67,7 +67,7 @@ class Adapter(_Part):
 
 
 class Unfreeze(_Part):
-    """From epoch `epoch` on, block `layer` and what comes after it (-1: the whole encoder) moves at lr times `lr_factor`."""
+    """From epoch `epoch` on, block `layer` and all after it (-1: the whole encoder) move at lr times `lr_factor`."""
 
     epoch: int = Field(default=0, ge=0)
     layer: int = Field(default=6, ge=-1)

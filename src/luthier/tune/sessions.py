@@ -178,12 +178,12 @@ class SessionStream:
         }
 
     def findings(self) -> list[Finding]:
-        """`sessions.last_smaller` where the classes do not divide into sessions of `way`."""
+        """`tune.last_session_smaller` where the classes do not divide into sessions of `way`."""
         last = len(self.sessions[-1].classes)
         if len(self.sessions) < 2 or last == self.way:
             return []
         what = f"the last session brings {last} classes, the others {self.way}: the classes do not divide"
-        return [Finding(level="info", code="sessions.last_smaller", message=what, value=last, limit=self.way)]
+        return [Finding(level="info", code="tune.last_session_smaller", message=what, value=last, limit=self.way)]
 
 
 @dataclass

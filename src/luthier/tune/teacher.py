@@ -39,7 +39,8 @@ class EMATeacher(nn.Module):
     def __init__(self, student: nn.Module, drop: str = "lora"):
         super().__init__()
         self.drop = drop
-        self.model = _without_wrappers(unwrapped(copy.deepcopy(student))[0]).requires_grad_(False).eval()
+        self.model = _without_wrappers(unwrapped(copy.deepcopy(student))[0]).requires_grad_(False)
+        self.eval()
         missing = {name for name, _ in self.model.named_parameters()} ^ base_weights(student, drop).keys()
         if missing:
             raise InputError(
