@@ -24,7 +24,7 @@ from luthier.models.topology import Topology
 from luthier.objectives import objective_of
 from luthier.train import Loop, StepRecord, TrainSettings
 from luthier.train.probing import probe_of
-from luthier.tune import Tuned
+from luthier.tune import Tuned, Tuning
 
 
 def fit(
@@ -48,9 +48,12 @@ def fit(
         directory: for metrics and checkpoints; with it, calling again after an interruption goes on where it stopped.
 
     Returns the `Tuned` (`tuned.model`, `tuned.save(folder)`, `tuned.merged()`) and a record per step. Raises
-    `InputError` if no row carries a label.
+    `InputError` if no row carries a label, and for a tuning that does not learn from rows.
     """
     settings = train if isinstance(train, TrainSettings) else TrainSettings.model_validate(dict(train or {}))
+    method: Tuning = build("tune", tuning)  # type: ignore[assignment]
+    if method.in_sessions:
+        raise InputError(f"{method.method} adds classes in sessions, not from rows", fix="use luthier.train.SessionRun")
     named = [{"where": f"row {n}", "id": str(n), **row} for n, row in enumerate(rows, start=1)]
     data = DataSettings.model_validate({"source": "rows.jsonl"})
     with tempfile.TemporaryDirectory() as scratch:
@@ -61,7 +64,7 @@ def fit(
         torch.manual_seed(seed)
         aim = objective_of(objective)
         probe = probe_of(Topology.of(model), aim, settings, encoded, seed=seed)  # type: ignore[arg-type]
-        tuned = build("tune", tuning).attach(model, probe)  # type: ignore[attr-defined]
+        tuned = method.attach(model, probe)
         loop = Loop(tuned, aim, settings, encoded, directory=directory, seed=seed)  # type: ignore[arg-type]
         records = loop.run()
     return tuned, records

@@ -121,6 +121,16 @@ class Phase(Section):
             raise ValueError(str(error)) from None
         return self
 
+    @field_validator("tuning")
+    @classmethod
+    def _learns_from_rows(cls, value: Any) -> Any:
+        if value.in_sessions:
+            raise ValueError(
+                f"{value.method} adds classes in sessions of labelled pictures, which a recipe cannot drive yet; "
+                "use luthier.train.SessionRun from Python"
+            )
+        return value
+
     @model_serializer
     def _flat(self) -> dict[str, Any]:
         own = self.tuning.model_dump(mode="json")

@@ -16,6 +16,7 @@ _WHERE = {
     "Checkpoints": "luthier.train.checkpoints",
     "TuningCallback": "luthier.train.callback",
     "Span": "luthier.train.span",
+    "SessionRun": "luthier.train.sessions",
     "EarlyDynamics": "luthier.train.early_dynamics",
     "rank_runs": "luthier.train.early_dynamics",
     "stop_dominated": "luthier.train.early_dynamics",
@@ -25,6 +26,7 @@ __all__ = [
     "EarlyDynamics",
     "Interrupted",
     "Loop",
+    "SessionRun",
     "Span",
     "StepRecord",
     "TrainSettings",
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from luthier.train.early_dynamics import EarlyDynamics, rank_runs, stop_dominated
     from luthier.train.loop import Interrupted, Loop
     from luthier.train.records import StepRecord
+    from luthier.train.sessions import SessionRun
     from luthier.train.settings import TrainSettings
     from luthier.train.span import Span
 

@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 METHODS = {
+    "coact": "luthier.tune.coact:Coact",
     "cofitune": "luthier.tune.cofitune:CofiTune",
     "dsee": "luthier.tune.dsee:Dsee",
     "dsee_prune": "luthier.tune.dsee_prune:DseePrune",
@@ -26,9 +27,11 @@ METHODS = {
 }
 
 _WHERE = {
+    "Coact": "luthier.tune.coact",
     "CofiTune": "luthier.tune.cofitune",
     "Dsee": "luthier.tune.dsee",
     "DseePrune": "luthier.tune.dsee_prune",
+    "EMATeacher": "luthier.tune.teacher",
     "Full": "luthier.tune.full",
     "GreenTrainer": "luthier.tune.greentrainer",
     "Hft": "luthier.tune.hft",
@@ -39,15 +42,19 @@ _WHERE = {
     "LtSft": "luthier.tune.lt_sft",
     "MaskTuning": "luthier.tune.mask_tuning",
     "Probe": "luthier.tune.base",
+    "PrototypeClassifier": "luthier.tune.teacher",
     "Sara": "luthier.tune.sara",
+    "SessionStream": "luthier.tune.sessions",
     "Tuned": "luthier.tune.base",
     "Tuning": "luthier.tune.base",
 }
 __all__ = [
     "METHODS",
+    "Coact",
     "CofiTune",
     "Dsee",
     "DseePrune",
+    "EMATeacher",
     "Full",
     "GreenTrainer",
     "Hft",
@@ -58,13 +65,16 @@ __all__ = [
     "LtSft",
     "MaskTuning",
     "Probe",
+    "PrototypeClassifier",
     "Sara",
+    "SessionStream",
     "Tuned",
     "Tuning",
 ]
 
 if TYPE_CHECKING:
     from luthier.tune.base import Probe, Tuned, Tuning
+    from luthier.tune.coact import Coact
     from luthier.tune.cofitune import CofiTune
     from luthier.tune.dsee import Dsee
     from luthier.tune.dsee_prune import DseePrune
@@ -78,6 +88,8 @@ if TYPE_CHECKING:
     from luthier.tune.lt_sft import LtSft
     from luthier.tune.mask_tuning import MaskTuning
     from luthier.tune.sara import Sara
+    from luthier.tune.sessions import SessionStream
+    from luthier.tune.teacher import EMATeacher, PrototypeClassifier
 
 
 def __getattr__(name: str) -> Any:

@@ -78,6 +78,8 @@ class Tuning(Method):
             with what they added still beside its weights. Empty: a plain model, whatever came before.
         predicts: what the tuned model gives: tokens, as the base does, or one label per row (then it has a loss of its
             own, and the objectives of this house, which all learn tokens, do not apply).
+        in_sessions: whether it learns from labelled examples that come in sessions (`luthier.train.sessions`), and not
+            from the rows of a recipe.
     """
 
     room: ClassVar[str] = "tune"
@@ -90,6 +92,7 @@ class Tuning(Method):
 
     continues: ClassVar[tuple[str, ...]] = ()
     predicts: ClassVar[Literal["tokens", "labels"]] = "tokens"
+    in_sessions: ClassVar[bool] = False
 
     def attach(self, model: nn.Module, probe: Probe) -> Tuned:
         """Prepare `model` (changed in place: wrapped, frozen) and return what the loop drives."""
