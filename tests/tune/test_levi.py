@@ -604,6 +604,10 @@ def test_saved_and_loaded_it_computes_the_same(name, backbone, tmp_path):
     assert again.moving().keys() == tuned.moving().keys()
     with pytest.raises(InputError, match="made on other weights"):
         load(tmp_path, make(name, seed=1))
+    for needed in {"frozen": (), "lora": ("adapter_model.safetensors",), "full": ("backbone.safetensors",)}[backbone]:
+        (tmp_path / needed).unlink()
+        with pytest.raises(InputError, match=f"{needed} is missing"):
+            load(tmp_path, make(name))
     (tmp_path / "levi.safetensors").unlink()
     with pytest.raises(InputError, match="no whole folder of levi"):
         load(tmp_path, make(name))
@@ -709,11 +713,14 @@ def test_the_house_loop_and_a_recipe_refuse_it():
         ({"task_model": f"{__name__}:Gone"}, "cannot be imported"),
         ({"task_model": "cnn"}, "takes none"),
         ({"task_width": 10}, "multiple of 4"),
+        ({"backbone": "lora", "lora": {"targets": ["q_prj"]}}, "matches no module"),
     ],
 )
 def test_what_does_not_fit_the_model_is_refused(settings, phrase):
+    model = make()
     with pytest.raises(InputError, match=phrase):
-        attach(**settings)
+        attach(model, **settings)
+    assert all(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize(

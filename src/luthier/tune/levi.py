@@ -138,24 +138,28 @@ class Levi(Tuning):
         widths = kept.widths if kept else layer_widths(model, probe, where, how)
         before = Flags(model)
         identity = None if self.backbone == "frozen" else weights_hash(model)
-        with torch.random.fork_rng():
-            torch.manual_seed(probe.seed)
-            side = kept.side if kept else None
-            if side is None:
-                side = side_model(self.task_model, unwrapped(model)[0], self.task_width, self.task_dropout)
-            ensemble = LayerEnsemble(
-                self._prepared(model, probe, where, kept),
-                where,
-                widths,
-                side,
-                target,
-                how=how,
-                hidden=self.hidden,
-                norm=self.norm,
-                learned=self.combine == "learned",
-                beta=self.beta,
-                frozen=self.backbone == "frozen",
-            )
+        try:
+            with torch.random.fork_rng():
+                torch.manual_seed(probe.seed)
+                side = kept.side if kept else None
+                if side is None:
+                    side = side_model(self.task_model, unwrapped(model)[0], self.task_width, self.task_dropout)
+                ensemble = LayerEnsemble(
+                    self._prepared(model, probe, where, kept),
+                    where,
+                    widths,
+                    side,
+                    target,
+                    how=how,
+                    hidden=self.hidden,
+                    norm=self.norm,
+                    learned=self.combine == "learned",
+                    beta=self.beta,
+                    frozen=self.backbone == "frozen",
+                )
+        except BaseException:
+            before.restore()
+            raise
         ensemble.to_device_of_backbone()
         tuned = LeviTuned(self, ensemble, model, before, identity)
         if self.cache_features:
@@ -348,6 +352,9 @@ def load(
             where=str(directory),
             fix=f"load the backbone {made_on['name'] or made_on['class']!r} as it was",
         )
+    needed = {"lora": "adapter_model.safetensors", "full": BACKBONE}.get(settings.backbone)
+    if needed and not (directory / needed).is_file():  # PEFT would look for a pickle instead
+        raise InputError(f"{needed} is missing", where=str(directory))
     if ":" in settings.task_model and task_model is None:
         raise InputError(
             f"the task model is the user's own {settings.task_model}",
