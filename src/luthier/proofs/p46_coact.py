@@ -132,6 +132,11 @@ PROOF = Proof(
     paper=46,
     prove=prove,
     seeds=(0, 1, 2, 3, 4),
+    notes=[
+        "Forgetting: no tuned arm recognises a base digit at the end, so the difference between two of them only says "
+        "which had more to lose.",
+        "The MSE has no part in it: 20 pictures are one step, and at its start student and base model agree.",
+    ],
     parts=[
         "luthier.tune.coact",
         "luthier.tune.teacher",

@@ -231,7 +231,8 @@ class CoactTuned(Tuned):
         ours = {id(p): name for name, p in student.named_parameters()}
         self.pet, self.head = adapter, ["classifier.weight"]
         self.late = {name: ours[id(p)] for name, p in base_weights(student.encoder).items() if name in set(late)}
-        self.pretrained, self.base = pretrained, None
+        self.pretrained = pretrained
+        self.base: Any = None
         self.teacher = EMATeacher(student.encoder, drop="lora")
         self.session, self._steps_per_epoch = 0, 1
         super().__init__(settings, student, student.encoder)
