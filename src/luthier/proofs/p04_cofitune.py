@@ -173,7 +173,6 @@ PROOF = Proof(
             "old loss: soft mask less the same importance dealt out at random, mean of quarters and seeds",
             lambda runs: _gap(runs, "old_loss", "soft", "random"),
             "< 0",
-            "paper",
         ),
         Claim(
             "seeds in which the search answers with the best of what it tried",

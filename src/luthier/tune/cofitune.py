@@ -168,7 +168,7 @@ class CofiTuned(TensorsTuned):
         self.importance = fine.score.of(View(model, probe), list(kinds))
         factors = self._factors()
         moving = self.moving()
-        self.rows = RowFactors({name: moving[name] for name in factors}, factors, fine.apply, settings.mask_decay)
+        self.rows = RowFactors({name: moving[name] for name in factors}, factors, settings.apply, settings.mask_decay)
 
     def _factors(self) -> dict[str, Tensor]:
         """How much of its gradient, or step, each row keeps, laid against the parameters that are masked."""
