@@ -133,8 +133,7 @@ PROOF = Proof(
     prove=prove,
     seeds=(0, 1, 2, 3, 4),
     notes=[
-        "Forgetting: no tuned arm recognises a base digit at the end, so the difference between two of them only says "
-        "which had more to lose.",
+        "No tuned arm recognises a base digit at the end: the claim on forgetting only says which had more to lose.",
         "The MSE has no part in it: 20 pictures are one step, and at its start student and base model agree.",
     ],
     parts=[
