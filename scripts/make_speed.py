@@ -38,6 +38,15 @@ memory; blocks are not computed twice unless gradient checkpointing is asked for
 and on a processor freed memory is kept for the next step instead of being fetched from the system page by page.
 """
 
+TUNINGS = """\
+## Memory and time by tuning
+
+SmolLM2-135M's shape with random float32 weights, AdamW, one row a step of which the last quarter is labelled, each
+training a process of its own, in turns with full tuning (`python benchmarks/tuning_memory.py`). Peak memory is all that
+the process ever held, imports and model included. `lift` steps 5% of each matrix, `lisa` draws 2 of 30 blocks, `sara`
+steps the smallest 10% of all entries, `greentrainer` has half of the operations.
+"""
+
 MERGES = """\
 ## Merges
 
@@ -78,20 +87,29 @@ def page() -> str:
     )
     table = [f"| {group} | {share:.1%} |" for group, share in profile["shares"].items()]
     parts.append("\n".join(["| part | share of the time |", "| --- | ---: |", *table]) + "\n")
-    memory = json.loads((RESULTS / "tuning_memory.json").read_text(encoding="utf-8"))
-    rows = [
-        f"| `{name}` | {row['peak_bytes'] / 2**30:.2f} GiB | {row['peak_ratio']:.2f}x | {row['time_ratio']:.2f}x |"
-        for name, row in memory.items()
-    ]
-    parts.append(
-        "## Memory by tuning\n\n"
-        "Peak resident memory of 12 steps of one row of 256 tokens on a model of 135 million parameters (float32,\n"
-        "AdamW, every token labelled), and the time of a step, of which the optimiser is a large part here.\n"
-        "`python benchmarks/tuning_memory.py` measures it again.\n"
-    )
-    parts.append("\n".join(["| tuning | peak | of full | time |", "| --- | ---: | ---: | ---: |", *rows]) + "\n")
+    parts += tunings()
     parts += merges()
     return "\n".join(parts)
+
+
+def tunings() -> list[str]:
+    """The section on memory and time by tuning."""
+    record = json.loads((RESULTS / "tuning_memory.json").read_text(encoding="utf-8"))
+    parts = [TUNINGS]
+    for size, found in record.items():
+        rows = ["| tuning | peak | of full | time of a step | optimiser's memory | wanted |", "| --- " * 6 + "|"]
+        for name, row in found.items():
+            wanted = ", ".join(f"{key} {value}x" for key, value in row["targets"].items())
+            backward = f"; {row['backward_ratio']:.2f}x backward" if "backward_ratio" in row else ""
+            rows.append(
+                f"| `{name}` | {row['peak_bytes'] / 2**30:.2f} GiB | {row['peak_bytes_ratio']:.2f}x | "
+                f"{row['seconds_per_step_ratio']:.2f}x{backward} | {row['optimizer_bytes_ratio']:.3f}x | {wanted} |"
+            )
+        tokens, _, how = size.partition("-")
+        said = f"{int(tokens):,} tokens a step" + (", with gradient checkpointing" if how else "")
+        parts.append(f"{said} ({len(next(iter(found.values()))['runs'])} runs each):\n")
+        parts.append("\n".join(rows) + "\n")
+    return parts
 
 
 def merges() -> list[str]:

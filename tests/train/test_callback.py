@@ -51,10 +51,10 @@ def rows():
 
 
 def check(tuned, watch):
-    assert watch.active == [draw(len(tuned.blocks), 1, (3, 0, step // 2)) for step in range(STEPS)]
+    assert watch.active == [draw(len(tuned.units), 1, (3, 0, step // 2)) for step in range(STEPS)]
     sizes = {name: p.numel() for name, p in tuned.model.named_parameters()}
     outside = sum(sizes[name] for name in tuned.always)
-    assert watch.held == outside + max(sum(sizes[n] for n in block) for block in tuned.blocks)
+    assert watch.held == outside + max(sum(sizes[n] for n in unit.names) for unit in tuned.units)
 
 
 def test_lisa_in_transformers_trainer(tmp_path):

@@ -1,8 +1,8 @@
 """11, LIFT: stepping 5% of each matrix teaches the new facts as well as full tuning does, and more old ones stay.
 
 Facts world with 4 blocks, 3 seeds. Tunings at the same 5% of each matrix, chosen once: principal entries (rank 8), the
-largest, random ones; beside them all of the linears and full tuning. Each with the best of three learning rates: the
-one with the most new facts, then the least loss on old ones.
+largest, random ones; beside them all of the linears and full tuning. Each at a given rate (0.005 where few entries
+move, else 0.001), and with the best of three: the one with the most new facts, then the least loss on old ones.
 
 Sensitivity: noise of the matrix's own standard deviation on the chosen 5% of the untouched model; loss on old facts.
 Structure: singular values of the change above a thousandth of the largest, against the rank of the LoRA that has as
@@ -50,6 +50,8 @@ def prove(seed: int) -> Measurements:
             tried.append((world.recall(model, NEW), world.recall(model, OLD), rate, loop.tuned))
         (new, _), (old, old_loss), rate, tuned = min(tried, key=lambda t: (-t[0][0], t[1][1]))
         found |= {f"new/{arm}": new, f"old/{arm}": old, f"old_loss/{arm}": old_loss, f"rate/{arm}": rate}
+        (same_new, _), (same_old, _), _, _ = next(t for t in tried if t[2] == rates[1])
+        found |= {f"new_at_given_rate/{arm}": same_new, f"old_at_given_rate/{arm}": same_old}
         if arm == "lift":
             found["rank/least"], found["rank/lora"] = _ranks(base, tuned.model)
     return found
@@ -90,10 +92,23 @@ PROOF = Proof(
     ],
     claims=[
         Claim(
-            "seeds in which LIFT keeps at least 0.10 more old facts than full tuning, with 0.95 of the new ones learnt",
-            lambda runs: count(runs, lambda r: r["old/lift"] - r["old/full"] >= 0.10 and r["new/lift"] >= 0.95),
+            "seeds in which LIFT keeps at least 0.10 more old facts than full tuning, with 0.95 of the new ones "
+            "learnt, at the given rates",
+            lambda runs: count(
+                runs,
+                lambda r: (
+                    r["old_at_given_rate/lift"] - r["old_at_given_rate/full"] >= 0.10
+                    and r["new_at_given_rate/lift"] >= 0.95
+                ),
+            ),
             "== 3",
             "paper",
+        ),
+        Claim(
+            "the same with each at its own best rate",
+            lambda runs: count(runs, lambda r: r["old/lift"] - r["old/full"] >= 0.10 and r["new/lift"] >= 0.95),
+            "== 3",
+            "ours",
         ),
         Claim(
             "the least rank of a matrix's change less that of a LoRA with as many parameters",
@@ -129,5 +144,8 @@ PROOF = Proof(
             expected=False,
         ),
     ],
-    notes=["Chosen once (interval beyond the run), as in the specification's calibration."],
+    notes=[
+        "Chosen once (interval beyond the run) and given rates as in the specification's calibration.",
+        "A first run had the comparison at best rates only, which full tuning wins; that claim stays beside the other.",
+    ],
 )

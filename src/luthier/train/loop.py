@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from numpy.typing import NDArray
@@ -35,14 +34,13 @@ from luthier.data.views import Examples, PairedExamples, View, view
 from luthier.errors import CrashError, GateError, InputError
 from luthier.models.allocator import keep_freed_memory
 from luthier.models.shards import gathered, let_go, whole
-from luthier.models.topology import Topology
 from luthier.objectives.anchor import BaseAnchor
 from luthier.objectives.base import Loss, Objective
 from luthier.objectives.batch import labelled
 from luthier.train.checkpoints import Checkpoints, flat_optimizer, restore_optimizer, restore_random_state
 from luthier.train.micro_batch import micro_batch
 from luthier.train.optimizers import inner, make_optimizer, make_schedule
-from luthier.train.ranks import on_cpu
+from luthier.train.ranks import on_cpu, wrapper_options
 from luthier.train.records import StepRecord, append_record, cut_records
 from luthier.train.reference import Reference, cache, without_dropout
 from luthier.train.settings import TrainSettings
@@ -108,7 +106,7 @@ class Loop:
             mixed_precision=settings.mixed_precision,
             log_with=list(trackers) or None,
             project_dir=str(directory) if directory else None,
-            kwargs_handlers=_distributed(tuned),
+            kwargs_handlers=wrapper_options(tuned),
         )
         if self.accelerator.device.type == "cpu":
             keep_freed_memory()
@@ -397,12 +395,3 @@ class Loop:
 def _mean(sums: dict[str, float], units: dict[str, float]) -> float:
     """What `Loss.value` says, of numbers."""
     return sum(value / units[name] for name, value in sums.items() if units[name])
-
-
-def _distributed(tuned: Tuned) -> list[Any]:
-    """Experts that no token of a step went to, and blocks that rest, have no gradient; only then must DDP look for
-    such parameters."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return []
-    some = tuned.switches or any(block.experts.count for block in Topology.of(tuned.base_model).blocks)
-    return [DistributedDataParallelKwargs(find_unused_parameters=some)]

@@ -14,9 +14,12 @@ import datetime
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from luthier.errors import ElsewhereError
+
+if TYPE_CHECKING:
+    from luthier.tune.base import Tuned
 
 T = TypeVar("T")
 # One rank may evaluate for hours while the others wait; a launcher ends them all when one dies.
@@ -88,3 +91,16 @@ def on_cpu(device: str) -> bool:
     import torch
 
     return device == "cpu" or (device == "auto" and not torch.accelerator.is_available())
+
+
+def wrapper_options(tuned: Tuned) -> list[Any]:
+    """What accelerate is told about wrapping: experts that no token of a step went to, and blocks that rest, have no
+    gradient; only then must DDP look for such parameters."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return []
+    from accelerate import DistributedDataParallelKwargs
+
+    from luthier.models.topology import Topology
+
+    some = tuned.switches or any(block.experts.count for block in Topology.of(tuned.base_model).blocks)
+    return [DistributedDataParallelKwargs(find_unused_parameters=some)]
