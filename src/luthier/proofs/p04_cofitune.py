@@ -15,7 +15,7 @@ of 900: the base knows all by then) were set on another seed.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,12 @@ OLD, NEW = (*range(7), COPY), (7,)
 class CopyingFacts(Facts):
     """The facts world with one more relation, `COPY`."""
 
-    def triples(self, relations: Iterable[int]) -> list[tuple[int, int, int]]:
+    def triples(
+        self, relations: Iterable[int], subjects: Sequence[int] = range(SUBJECTS)
+    ) -> list[tuple[int, int, int]]:
         token = SUBJECTS + RELATIONS + OBJECTS
-        copies = [(s, token, s) for s in range(SUBJECTS)]
-        return [row for r in relations for row in (copies if r == COPY else Facts.triples(self, [r]))]
+        copies = [(s, token, s) for s in subjects]
+        return [row for r in relations for row in (copies if r == COPY else Facts.triples(self, [r], subjects))]
 
 
 def prove(seed: int) -> Measurements:
