@@ -228,7 +228,8 @@ class Pieces:
 
     def _large(self, name: str) -> bool:
         lineup = self.step.lineup
-        return name in lineup.places and (not lineup.concurrent or lineup.infos[name].elements > SMALL)
+        whole = self.step.method.reach == "tensor" and lineup.concurrent and lineup.infos[name].elements <= SMALL
+        return name in lineup.places and not whole
 
     def _begin(self, name: str) -> None:
         """Start on the small tensors from this one to the next large one."""

@@ -3,7 +3,7 @@
     first pass     a sample of every s-th number; if s stayed 1 it is all of them, and the answer
     second pass    count what is below, at and above two values that bracket the rank, and keep the few between them
 
-The sample is of millions of numbers; the bracket is six standard deviations of the rank's error to either side, so
+The sample is of about a million numbers; the bracket is six standard deviations of the rank's error to either side, so
 what lies between is less than a hundredth of all, and no more is kept than `KEPT`. Numbers on a coarse grid, as
 differences of 16-bit weights are, mostly equal one of the two values; they are only counted. Where a guess was wrong
 (numbers that repeat in step with the sample), the row is counted into bins instead: see `counting`. So the answer is
@@ -23,8 +23,8 @@ from torch import Tensor
 from luthier.weights.ahead import ahead
 from luthier.weights.counting import Stretch, Walk, counted, numbers_of
 
-SAMPLE = 2**22  # numbers of each row that a sample holds at most
-KEPT = 2**23  # numbers of each row and rank that may lie in a bracket
+SAMPLE = 2**20  # numbers of each row that a sample holds at most
+KEPT = 3 * 2**22  # numbers of each row and rank that may lie in a bracket
 WIDE = 6.0  # standard deviations
 Numbers = NDArray[np.float32]
 
