@@ -147,7 +147,7 @@ PROOF = Proof(
             "paper",
         ),
         Claim(
-            "the same by |w + update|",
+            "the same with 30% removed by |w + update|",
             lambda runs: count(runs, lambda r: r["new_tuned/70-update+weight"] >= r["new/dsee"] - 0.02),
             "== 3",
             "paper",
