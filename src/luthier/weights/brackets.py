@@ -3,8 +3,8 @@
     first pass     a sample of every s-th number; if s stayed 1 it is all of them, and the answer
     second pass    count what is below, at and above two values that bracket the rank, and keep the few between them
 
-The sample is of about a million numbers; the bracket is six standard deviations of the rank's error to either side, so
-what lies between is less than a hundredth of all, and no more is kept than `KEPT`. Numbers on a coarse grid, as
+The sample is of some hundred thousand numbers; the bracket is six standard deviations of the rank's error to either side, so
+what lies between is about a hundredth of all, and no more is kept than `KEPT`. Numbers on a coarse grid, as
 differences of 16-bit weights are, mostly equal one of the two values; they are only counted. Where a guess was wrong
 (numbers that repeat in step with the sample), the row is counted into bins instead: see `counting`. So the answer is
 always exact. Comparing and counting are numpy's, which does both many times faster than torch does.
@@ -23,7 +23,7 @@ from torch import Tensor
 from luthier.weights.ahead import ahead
 from luthier.weights.counting import Stretch, Walk, counted, numbers_of
 
-SAMPLE = 2**20  # numbers of each row that a sample holds at most
+SAMPLE = 2**18  # numbers of each row that a sample holds at most
 KEPT = 3 * 2**22  # numbers of each row and rank that may lie in a bracket
 WIDE = 6.0  # standard deviations
 Numbers = NDArray[np.float32]
@@ -93,8 +93,8 @@ def _numbers(row: Tensor, magnitudes: bool) -> Numbers:
 
 def _sampled(walk: Walk, magnitudes: bool) -> tuple[list[tuple[Numbers, int]], int, int]:
     """Of each row the numbers at places divisible by the stride, and the first place; the stride; numbers of a row."""
-    stride, total, first = 1, 0, 0
-    parts: list[list[Numbers]] = []
+    stride, total, first, filled = 1, 0, 0, 0
+    kept: list[Numbers] = []  # of fixed size: many small arrays would lie scattered between the tiles in memory
 
     def sample(item: Stretch) -> tuple[int, int, int, list[Numbers]]:
         step, place = stride, item[0]
@@ -108,22 +108,26 @@ def _sampled(walk: Walk, magnitudes: bool) -> tuple[list[tuple[Numbers, int]], i
         )
 
     for step, place, size, rows in ahead(walk(), sample):
-        first = first if total else place
+        if not total:
+            first, kept = place, [np.empty(SAMPLE, np.float32) for _ in rows]
         total += size
-        parts = parts or [[] for _ in rows]
         start = -place % stride // step  # the stride may have grown since
-        for kept, values in zip(parts, rows, strict=True):
-            kept.append(values[start :: stride // step].copy())
-        while sum(map(len, parts[0])) > SAMPLE:
+        taken, at = [values[start :: stride // step] for values in rows], place + start * step
+        while filled + len(taken[0]) > SAMPLE:
             stride *= 2
-            for row, kept in enumerate(parts):
-                joined = np.concatenate(kept)
-                odd = first // (stride // 2) % 2  # whether the first one kept is not divisible by the new stride
-                parts[row] = [joined[odd::2].copy()]
-            first += -first % stride
+            odd = first // (stride // 2) % 2  # whether the first one kept is not divisible by the new stride
+            half = len(range(odd, filled, 2))
+            for values in kept:
+                values[:half] = values[odd:filled:2].copy()
+            filled, first = half, first + -first % stride
+            odd = at // (stride // 2) % 2
+            taken, at = [values[odd::2] for values in taken], at + -at % stride
+        for values, new in zip(kept, taken, strict=True):
+            values[filled : filled + len(new)] = new
+        filled += len(taken[0])
     if not total:
         raise ValueError("there are no numbers to rank")
-    return [(np.concatenate(kept), first) for kept in parts], stride, total
+    return [(values[:filled], first) for values in kept], stride, total
 
 
 def _in_memory(values: Numbers, start: int, ranks: Sequence[int]) -> list[Place]:
