@@ -67,11 +67,12 @@ def page() -> str:
         "| --- | --- | ---: | ---: | ---: | ---: | --- |",
     ]
     for case, found in record["cases"].items():
+        label = f" ({found['measured']})" if "measured" in found else ""
         for peer, row in found["against"].items():
             speed = f"{row['target_speed']}x" if row["target_speed"] else ""
             memory = f"{row['target_memory']}x" if row["target_memory"] else ""
             lines.append(
-                f"| {case} | {peer} | {row['speed_ratio']:.2f}x | {speed} | {row['memory_ratio']:.2f}x | {memory} | "
+                f"| {case}{label} | {peer} | {row['speed_ratio']:.2f}x | {speed} | {row['memory_ratio']:.2f}x | {memory} | "
                 f"{row['loss_ours']:.3f}, {row['loss_theirs']:.3f} |"
             )
     parts += ["\n".join(lines) + "\n", READING]
