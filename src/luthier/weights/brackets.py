@@ -6,8 +6,9 @@
 The sample is of some hundred thousand numbers; the bracket is six standard deviations of the rank's error to either
 side, so what lies between is about a hundredth of all, and no more is kept than `KEPT`. Numbers on a coarse grid, as
 differences of 16-bit weights are, mostly equal one of the two values; they are only counted. Where a guess was wrong
-(numbers that repeat in step with the sample), the row is counted into bins instead: see `counting`. So the answer is
-always exact. Comparing and counting are numpy's, which does both many times faster than torch does.
+(numbers that repeat in step with the sample), or too much lies between (more than a thousand million numbers), the row
+is counted into bins instead: see `counting`. So the answer is always exact. Comparing and counting are numpy's, which
+does both many times faster than torch does.
 """
 
 from __future__ import annotations
