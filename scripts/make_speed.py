@@ -72,8 +72,8 @@ def page() -> str:
             speed = f"{row['target_speed']}x" if row["target_speed"] else ""
             memory = f"{row['target_memory']}x" if row["target_memory"] else ""
             lines.append(
-                f"| {case}{label} | {peer} | {row['speed_ratio']:.2f}x | {speed} | {row['memory_ratio']:.2f}x | {memory} | "
-                f"{row['loss_ours']:.3f}, {row['loss_theirs']:.3f} |"
+                f"| {case}{label} | {peer} | {row['speed_ratio']:.2f}x | {speed} | {row['memory_ratio']:.2f}x | "
+                f"{memory} | {row['loss_ours']:.3f}, {row['loss_theirs']:.3f} |"
             )
     parts += ["\n".join(lines) + "\n", READING]
     full = record["cases"]["full-all"]
