@@ -27,6 +27,7 @@ from luthier.tune.selector.choose import top_places
 from luthier.tune.selector.decompose import grebsmo, sparse_support, truncated_residual
 from luthier.tune.sparse_linear import layers_of
 from luthier.weights.selection import Selection
+from stepping import stepped
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -74,13 +75,7 @@ def attach(make=llama, seed=0, **settings):
 
 
 def train(tuned, steps=3, rate=0.02):
-    optimizer = torch.optim.AdamW(tuned.parameter_groups(0.1), lr=rate)
-    for step in range(steps):
-        logits = outputs(tuned.model, step)
-        logits.pow(2).mean().add(logits.std() * 0.1).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return tuned
+    return stepped(tuned, outputs, steps, rate)
 
 
 # The support

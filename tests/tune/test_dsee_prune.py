@@ -16,6 +16,7 @@ from luthier.tune import Dsee, DseePrune, Probe
 from luthier.tune.low_rank_sparse import load_update
 from luthier.tune.selector.heads import heads
 from luthier.weights.selection import Selection
+from stepping import stepped
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 SCORES = ["update", "update+weight", "weight", "random"]
@@ -51,13 +52,7 @@ def outputs(model, step=0):
 
 
 def train(tuned, steps=3, rate=0.02):
-    optimizer = torch.optim.AdamW(tuned.parameter_groups(0.1), lr=rate)
-    for step in range(steps):
-        logits = outputs(tuned.model, step)
-        logits.pow(2).mean().add(logits.std() * 0.1).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return tuned
+    return stepped(tuned, outputs, steps, rate)
 
 
 def first_phase(make=llama, **settings):

@@ -526,24 +526,3 @@ def test_in_transformers_trainer(tmp_path):
     changed = Selection.changed(base, {name: after[name] for name in base})
     assert 0.9 * tuned.entries < changed.count <= tuned.entries
     assert all(not (changed.mask(n) & ~tuned.selection().mask(n)).any() for n in tuned.names)
-
-
-def test_in_trls_sft_trainer(tmp_path):
-    trl = pytest.importorskip("trl")
-    from transformers import AutoTokenizer
-
-    from luthier.worlds import tiny
-
-    model = AutoModelForCausalLM.from_pretrained(tiny.folder())
-    tuned, base = attach(model, density=0.1), weights(model)
-    args = trl.SFTConfig(
-        str(tmp_path), max_steps=4, per_device_train_batch_size=4, use_cpu=True, bf16=False, save_strategy="no",
-        report_to=[], disable_tqdm=True, learning_rate=1e-2, max_length=64,
-    )  # fmt: skip
-    data = Dataset.from_dict({"prompt": ["What is 2 + 2?"] * 20, "completion": [" 4"] * 20})
-    tokenizer = AutoTokenizer.from_pretrained(tiny.folder())
-    trl.SFTTrainer(
-        model=tuned.model, args=args, train_dataset=data, processing_class=tokenizer, callbacks=[TuningCallback(tuned)]
-    ).train()
-    after = weights(tuned.model)
-    assert 0 < sum(int((after[name] != base[name]).sum()) for name in tuned.names) <= tuned.entries

@@ -96,7 +96,16 @@ def test_saved_and_loaded_is_the_same(tmp_path):
     assert Selection.load(tmp_path / "x.safetensors") == x
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]  # nothing left aside
     with safe_open(tmp_path / "x.safetensors", framework="pt") as file:  # any reader of the format can read it
-        assert json.loads(file.metadata()["shapes"])["matrix"] == [5, 13]
+        assert json.loads(file.metadata()["luthier-selection-2"])["matrix"] == [5, 13]
+
+
+def test_the_same_selection_is_the_same_file(tmp_path):
+    _, _, x, _ = pair()
+    kept = set()
+    for i in range(20):
+        x.save(tmp_path / str(i))
+        kept.add((tmp_path / str(i)).read_bytes())
+    assert len(kept) == 1
 
 
 def test_what_changed_is_found_by_bits():
@@ -125,7 +134,7 @@ def test_what_does_not_fit_is_named(tmp_path):
     save_file({"w": torch.ones(3)}, tmp_path / "weights.safetensors")
     with pytest.raises(InputError, match="no selection"):
         Selection.load(tmp_path / "weights.safetensors")
-    about = {"format": "luthier-selection-1", "shapes": json.dumps({"w": [20]})}
+    about = {"luthier-selection-2": json.dumps({"w": [20]})}
     for bits in ([255, 255], [255, 255, 16]):  # too few; a bit behind the last element
         save_file({"w": torch.tensor(bits, dtype=torch.uint8)}, tmp_path / "bad.safetensors", metadata=about)
         with pytest.raises(InputError, match="not those of the shapes"):

@@ -8,7 +8,8 @@
 
 An entry takes one bit in memory and on disk: the bits of a tensor in C order, eight to a byte, the first the lowest
 (`ceil(elements / 8)` bytes; bits behind the last element are 0). On disk it is a safetensors file with the packed bits
-under the tensors' names and their shapes in the metadata. A list of indices would be smaller below a share of about
+under the tensors' names and their shapes, as JSON, in the one line of metadata there is: the order of several is not
+fixed, and equal selections are to be equal files. A list of indices would be smaller below a share of about
 one in sixty, but not a mask of half a model, and set operations on bits run at memory speed.
 
 Two selections can be combined if they are about the same tensors; other names or shapes are an error, since an entry
@@ -36,7 +37,7 @@ from luthier.models.checkpoint import read_header
 from luthier.models.files import is_full
 from luthier.weights.info import raw, some
 
-FORMAT = "luthier-selection-1"
+FORMAT = "luthier-selection-2"
 _ONES = np.array([value.bit_count() for value in range(256)], dtype=np.uint8)
 Bits = NDArray[np.uint8]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -215,7 +216,7 @@ class Selection:
         """Write a safetensors file: whole or not there."""
         path = Path(path)
         aside = path.with_name(f".{path.name}.{os.getpid()}")
-        about = {"format": FORMAT, "shapes": json.dumps({n: list(s) for n, s in self.shapes.items()})}
+        about = {FORMAT: json.dumps({n: list(s) for n, s in self.shapes.items()})}
         try:
             save_file({n: torch.from_numpy(bits) for n, bits in self.bits.items()}, aside, metadata=about)
             with aside.open("rb") as file:
@@ -236,12 +237,12 @@ class Selection:
         read_header(path)
         with safe_open(path, framework="pt") as file:
             about: Mapping[str, Any] = file.metadata() or {}
-            if about.get("format") != FORMAT:
+            if FORMAT not in about:
                 fix = "give the file of a region or mask that was saved here"
                 raise InputError("is a safetensors file but no selection", where=str(path), fix=fix)
             try:
-                shapes = {name: tuple(map(int, shape)) for name, shape in json.loads(about["shapes"]).items()}
-            except (KeyError, ValueError, AttributeError, TypeError):
+                shapes = {name: tuple(map(int, shape)) for name, shape in json.loads(about[FORMAT]).items()}
+            except (ValueError, AttributeError, TypeError):
                 shapes = {}
             bits = {name: file.get_tensor(name).numpy() for name in sorted(file.keys())}
         fits = shapes.keys() == bits.keys() and all(
