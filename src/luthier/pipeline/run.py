@@ -151,6 +151,9 @@ def stages() -> dict[str, Stage]:
     return {kind.name: kind() for kind in kinds}
 
 
+COSTS = ("environment.memory", "environment.delta")  # good to know before they arise, so said even if all is well
+
+
 def drive(
     context: Context, *, until: str | None = None, allow: Sequence[str] = (), from_stage: str | None = None
 ) -> RunResult:
@@ -178,6 +181,8 @@ def drive(
                 context.say(
                     f"  {finding.level}{' (allowed)' if finding.waived else ''} {finding.code}: {finding.message}"
                 )
+            elif finding.code in COSTS:
+                context.say(f"  {finding.message}")
         if any(f.level == "error" and not f.waived for f in manifest.findings):
             code = 3
             break

@@ -150,6 +150,12 @@ class Tuned:
         """How many numbers the model has, moving or not; tied weights once."""
         return sum(p.numel() for p in self.moving().values()) + sum(p.numel() for p in self.frozen().values())
 
+    def reach(self, steps: int, steps_per_epoch: int) -> tuple[int, int]:
+        """(numbers, bytes) that may have moved at most when so many optimiser steps are done: what a delta of the
+        outcome can grow to, before it is compressed. More than moves at a time where the choice changes."""
+        moving = self.moving().values()
+        return sum(p.numel() for p in moving), sum(p.nbytes for p in moving)
+
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """Groups for an optimiser: weight decay acts on matrices, not on vectors (norms, biases)."""
         moving = list(self.moving().values())

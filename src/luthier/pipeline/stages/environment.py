@@ -57,6 +57,7 @@ class EnvironmentStage(Stage):
                 Finding(level="warn", code="environment.few_steps", message=text, value=loop.total, limit=20)
             )
         findings += context.ranks.first(lambda: self._memory(context, loaded, loop))
+        findings.append(_delta(loop))
         if any(f.level == "error" for f in findings):
             return findings, facts
         began = time.perf_counter()
@@ -104,6 +105,17 @@ class EnvironmentStage(Stage):
             text += "; lower tune.train.max_tokens_per_device or set gradient_checkpointing: true"
         level = "error" if need > have else "info"
         return [Finding(level=level, code="environment.memory", message=text, value=need, limit=have)]  # type: ignore[arg-type]
+
+
+def _delta(loop: Any) -> Finding:
+    """How far the first phase's outcome may come from the base."""
+    numbers, size = loop.tuned.reach(loop.total, loop.steps_per_epoch)
+    share = numbers / max(1, loop.tuned.elements())
+    text = (
+        f"after {loop.total} steps up to {numbers:,} numbers ({share:.1%} of the model's) have moved; "
+        f"a delta takes up to {size / 2**20:,.1f} MiB before it is compressed"
+    )
+    return Finding(level="info", code="environment.delta", message=text, value=size)
 
 
 def available_memory(device: torch.device) -> int:

@@ -27,6 +27,7 @@ from luthier.errors import InputError
 from luthier.models.shards import is_sharded, like
 from luthier.models.topology import Topology
 from luthier.tune.base import Probe, Tuned, Tuning
+from luthier.tune.selector.choose import Top
 from luthier.tune.selector.compact import Chosen
 from luthier.tune.selector.slots import Shape, Slots, View
 from luthier.tune.selector.stand_in import release
@@ -149,6 +150,21 @@ class EntriesTuned(WholeModel):
     def elements(self) -> int:
         rest = [*self.frozen().values(), *self.whole.values()]
         return sum(p.numel() for p in rest) + sum(one.weight.numel() for one in self.chosen.values())
+
+    def reach(self, steps: int, steps_per_epoch: int) -> tuple[int, int]:
+        """As many entries again with each choice, since a later one may be of other places."""
+        entries = sum(len(one.places) for one in self.chosen.values())
+        size = sum(one.weight.numel() for one in self.chosen.values())
+        if not self.slots.choose.narrows:
+            choices = 1 + self.slots.schedule.period(max(0, steps - 1), steps_per_epoch, steps)
+            entries = min(size, entries * choices) if isinstance(self.slots.choose, Top) else size
+        return self._reach(entries)
+
+    def _reach(self, entries: int) -> tuple[int, int]:
+        """(numbers, bytes) of so many entries of the weights, and of what moves as a whole."""
+        whole = list(self.whole.values())
+        widest = max(one.weight.element_size() for one in self.chosen.values())
+        return entries + sum(p.numel() for p in whole), entries * widest + sum(p.nbytes for p in whole)
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         dimensions = {id(one.values): one.weight.ndim for one in self.chosen.values()}

@@ -131,6 +131,10 @@ class RewoundTuned(EntriesTuned):
         weights = {name: one.weight for name, one in self.chosen.items()} if self.searches else {}
         return weights | chosen | self.whole
 
+    def reach(self, steps: int, steps_per_epoch: int) -> tuple[int, int]:
+        """What the parts unlock together: all else is wound back."""
+        return self._reach(self.entries)
+
     def stepped(self) -> list[nn.Parameter]:
         if not self.full:
             return super().stepped()
