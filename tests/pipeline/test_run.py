@@ -149,6 +149,27 @@ def test_a_tuning_that_follows_another_says_so(recipe):
             load_recipe(recipe)
 
 
+def test_what_a_delta_can_take_is_said_before_training(recipe, tmp_path):
+    """LISA with a block at a time: more with each draw."""
+    train = recipe["tune"]["train"]
+    del train["save_steps"]
+    tune = {"method": "lisa", "active_layers": 1, "interval": 1, "train_lm_head": False, "train_embeddings": False}
+    sizes = {}
+    for steps in (1, 2):
+        recipe["tune"] = [
+            {**tune, "train": {**train, "max_steps": steps, "learning_rate": 1e-3}},
+            {"method": "full", "train": train},
+        ]
+        said = []
+        result = run(recipe, runs=tmp_path, until="environment", say=said.append, **HERE)
+        told = next(f for f in result.findings if f.code == "environment.delta")
+        assert any(told.message in line for line in said) and "the first phase" in told.message
+        sizes[steps] = told.value
+    model = load(ModelSettings(base="package:luthier/worlds/tiny-lm")).model
+    block = sum(p.nbytes for n, p in model.named_parameters() if ".layers.0." in n)
+    assert sizes == {1: block + 512, 2: 2 * block + 512}
+
+
 def test_no_forgetting_check_is_said_first(recipe, tmp_path):
     recipe["evaluate"]["tasks"].pop()
     result = run(recipe, runs=tmp_path, **HERE)

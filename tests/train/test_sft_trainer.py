@@ -1,4 +1,4 @@
-"""Every tuning inside TRL's SFTTrainer, by the one callback: what moves is what the tuning says, and nothing else."""
+"""Tunings that learn tokens inside TRL's SFTTrainer, by the one callback: what moves is what each says, no more."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from luthier.models.topology import Topology
 from luthier.objectives import Sft
 from luthier.train import TuningCallback
-from luthier.tune import CofiTune, GreenTrainer, Hft, Lift, Lisa, LtSft, MaskTuning, Probe, Sara
+from luthier.tune import CofiTune, Full, GreenTrainer, Hft, Lift, Lisa, Lora, LtSft, MaskTuning, Probe, Sara
 from luthier.weights import Selection
 from luthier.worlds import tiny
 from trainers import STEPS, Watch, arguments, check, trained_and_pruned
@@ -45,6 +45,14 @@ def weights(model):
 
 def on_rows(m, batch):
     return Sft().loss(m, {name: tensor.to(m.device) for name, tensor in batch.items()}).value()
+
+
+@pytest.mark.parametrize("settings", [Full(), Lora(rank=4)], ids=["full", "lora"])
+def test_what_may_move_moves(settings, base, fit):
+    tuned = settings.attach(base, Probe(Topology.of(base)))
+    before, moving = weights(tuned.model), set(tuned.moving())
+    fit(tuned)
+    assert moving and {n for n, p in weights(tuned.model).items() if not torch.equal(p, before[n])} == moving
 
 
 def test_lisa_draws_its_blocks(base, fit):

@@ -25,6 +25,7 @@ from luthier.tune.selector.importance_score import save_importance
 from luthier.tune.selector.layers import LAYERS, layers_of
 from luthier.tune.selector.rows import masked_step
 from luthier.worlds.facts import Facts, new_model
+from stepping import drive
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
 UNITS = {"intermediate": 48, "output": 32, "head": 4}
@@ -52,17 +53,15 @@ def run(tuned, steps=4, optimizer=torch.optim.AdamW, decay=DECAY, first=0, **mor
     if isinstance(optimizer, type):
         optimizer = optimizer(tuned.parameter_groups(decay), lr=RATE, **more)
         tuned.on_phase_begin(optimizer, 4, steps)
-    for step in range(first, first + steps):
-        tuned.on_step_begin(step)
-        Sft().loss(tuned.model, batches(1, seed=step)[0]).value().backward()
-        tuned.on_grad(step)
-        tuned.on_clipped(step)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        for group in optimizer.param_groups:  # as a schedule would, before the end of the step
+
+    def loss_of(model, step):
+        return Sft().loss(model, batches(1, seed=step)[0]).value()
+
+    def slower(step):  # as a schedule would, before the end of the step
+        for group in optimizer.param_groups:
             group["lr"] *= 0.9
-        tuned.on_step_end(step)
-    return optimizer
+
+    return drive(tuned, optimizer, loss_of, steps, first, stepped=slower)
 
 
 def weights(model):

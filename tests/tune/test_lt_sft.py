@@ -26,6 +26,7 @@ from luthier.train import Loop, TrainSettings, TuningCallback
 from luthier.tune import LtSft, Probe
 from luthier.tune.selector.parts import FullPart, Parts
 from luthier.weights import Selection, diff_tensors
+from stepping import drive
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 # Ten steps: full 0 1, sparse 2 3 4, full 5 6, sparse 7 8 9.
@@ -71,16 +72,7 @@ def run(tuned, steps=STEPS, first=0, optimizer=None, total=STEPS, decay=0.0, wat
     if optimizer is None:
         optimizer = torch.optim.AdamW(tuned.parameter_groups(decay), lr=1e-2, fused=True)
         tuned.on_phase_begin(optimizer, 5, total)
-    for step in range(first, first + steps):
-        tuned.on_step_begin(step)
-        watch(step)
-        loss_of(tuned.model, step).backward()
-        tuned.on_grad(step)
-        tuned.on_clipped(step)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        tuned.on_step_end(step)
-    return optimizer
+    return drive(tuned, optimizer, loss_of, steps, first, begun=watch)
 
 
 def weights(model):

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from luthier.methods import build
 from luthier.models.topology import Topology
 from luthier.tune import Probe
+from stepping import drive
 
 EXACT = {
     "full": {},
@@ -45,14 +46,7 @@ def moved(name, steps, seed=0):
     told = tuned.reach(steps, 4)
     optimizer = torch.optim.AdamW(tuned.parameter_groups(0.1), lr=1e-2)
     tuned.on_phase_begin(optimizer, 4, steps)
-    for step in range(steps):
-        tuned.on_step_begin(step)
-        tuned.backward(loss_of(model, step))
-        tuned.on_grad(step)
-        tuned.on_clipped(step)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        tuned.on_step_end(step)
+    drive(tuned, optimizer, loss_of, steps)
     tuned.on_phase_end()
     after = dict(tuned.merged().named_parameters())
     return sum(int((after[key] != value).sum()) for key, value in before.items()), told

@@ -20,6 +20,7 @@ from luthier.tune.sara import draw, nuclear_norm
 from luthier.tune.selector.choose import quantiles
 from luthier.weights import Selection, Weights, diff
 from luthier.worlds.facts import Facts, new_model
+from stepping import drive
 
 RANKED = {"density": 0.2, "rank_min_dim": 24}
 
@@ -49,17 +50,11 @@ def run(tuned, steps, total=20, rate=5e-4, first=0, optimizer=None, each=lambda 
     if optimizer is None:
         optimizer = torch.optim.AdamW(tuned.parameter_groups(0.01), lr=rate)
         tuned.on_phase_begin(optimizer, 5, total)
-    for step in range(first, first + steps):
-        tuned.on_step_begin(step)
-        loss_of(tuned.model, step).backward()
-        tuned.on_grad(step)
+
+    def clip(step):
         nn.utils.clip_grad_norm_(list(tuned.moving().values()), 1.0)
-        tuned.on_clipped(step)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        tuned.on_step_end(step)
-        each(step)
-    return optimizer
+
+    return drive(tuned, optimizer, loss_of, steps, first, reached=clip, ended=each)
 
 
 def weights(model):

@@ -25,6 +25,7 @@ from luthier.tune.selector.entries import EntriesTuned
 from luthier.tune.selector.scopes import Everything
 from luthier.tune.selector.scores import Magnitude
 from luthier.tune.selector.slots import Every, Once, Slots
+from stepping import drive
 
 # Tunings that step entries: settings, and the same choosing everything in their scope.
 ENTRIES = {
@@ -232,16 +233,7 @@ def run(tuned, steps, first=0, optimizer=None, total=12, decay=0.1, parts=1, wat
     if optimizer is None:
         optimizer = torch.optim.AdamW(tuned.parameter_groups(decay), lr=1e-2)
         tuned.on_phase_begin(optimizer, 4, total)
-    for step in range(first, first + steps):
-        tuned.on_step_begin(step)
-        watch(step)
-        for part in range(parts):
-            (loss_of(tuned.model, step * parts + part) / parts).backward()
-        tuned.on_grad(step)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        tuned.on_step_end(step)
-    return optimizer
+    return drive(tuned, optimizer, loss_of, steps, first, parts, begun=watch)
 
 
 def weights(model):

@@ -238,8 +238,8 @@ class Selection:
         with safe_open(path, framework="pt") as file:
             about: Mapping[str, Any] = file.metadata() or {}
             if FORMAT not in about:
-                fix = "give the file of a region or mask that was saved here"
-                raise InputError("is a safetensors file but no selection", where=str(path), fix=fix)
+                fix = "give the file of a region or mask that this version of Luthier saved"
+                raise InputError(f"is a safetensors file but no selection ({FORMAT})", where=str(path), fix=fix)
             try:
                 shapes = {name: tuple(map(int, shape)) for name, shape in json.loads(about[FORMAT]).items()}
             except (ValueError, AttributeError, TypeError):

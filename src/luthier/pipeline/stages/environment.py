@@ -57,7 +57,7 @@ class EnvironmentStage(Stage):
                 Finding(level="warn", code="environment.few_steps", message=text, value=loop.total, limit=20)
             )
         findings += context.ranks.first(lambda: self._memory(context, loaded, loop))
-        findings.append(_delta(loop))
+        findings.append(_delta(loop, len(context.recipe.tune)))
         if any(f.level == "error" for f in findings):
             return findings, facts
         began = time.perf_counter()
@@ -107,12 +107,13 @@ class EnvironmentStage(Stage):
         return [Finding(level=level, code="environment.memory", message=text, value=need, limit=have)]  # type: ignore[arg-type]
 
 
-def _delta(loop: Any) -> Finding:
+def _delta(loop: Any, phases: int) -> Finding:
     """How far the first phase's outcome may come from the base."""
     numbers, size = loop.tuned.reach(loop.total, loop.steps_per_epoch)
     share = numbers / max(1, loop.tuned.elements())
     text = (
-        f"after {loop.total} steps up to {numbers:,} numbers ({share:.1%} of the model's) have moved; "
+        f"after {loop.total} steps{' (the first phase)' if phases > 1 else ''} up to {numbers:,} numbers "
+        f"({share:.1%} of the model's) have moved; "
         f"a delta takes up to {size / 2**20:,.1f} MiB before it is compressed"
     )
     return Finding(level="info", code="environment.delta", message=text, value=size)

@@ -142,12 +142,12 @@ class TensorsTuned(Switching):
 
     def reach(self, steps: int, steps_per_epoch: int) -> tuple[int, int]:
         """Exact where the choice is drawn; where it follows from weights and data, all that may ever be chosen."""
-        names, moving = self._trained() if self.period is not None else self.candidates, self.moving()
+        names = self.candidates
         if self.switches and isinstance(self.slots.score, Draw):
             periods = {self.slots.schedule.period(step, steps_per_epoch, steps) for step in range(steps)}
             units = set().union(*map(self.choose, sorted(periods)))
             names = self.always.union(*(self.units[index].names for index in units))
-        parameters = [p for name, p in moving.items() if name in names]
+        parameters = [p for name, p in self.moving().items() if name in names]
         return sum(p.numel() for p in parameters), sum(p.nbytes for p in parameters)
 
     def on_phase_begin(self, optimizer: torch.optim.Optimizer, steps_per_epoch: int, steps: int | None = None) -> None:
