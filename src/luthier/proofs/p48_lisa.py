@@ -81,7 +81,13 @@ def _bound(model: nn.Module) -> float:
 PROOF = Proof(
     paper=48,
     prove=prove,
-    parts=["luthier.tune.lisa", "luthier.tune.whole", "luthier.worlds.facts", "luthier.proofs.facts_bench"],
+    parts=[
+        "luthier.tune.lisa",
+        "luthier.tune.selector.tensors",
+        "luthier.tune.whole",
+        "luthier.worlds.facts",
+        "luthier.proofs.facts_bench",
+    ],
     claims=[
         Claim(
             "new facts: LISA's recall over full tuning's, mean",
