@@ -12,7 +12,15 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+METHODS = {
+    "eft": "luthier.decode.eft:Eft",
+}
 _WHERE = {
+    "Decoder": "luthier.decode.base",
+    "Eft": "luthier.decode.eft",
+    "Mixture": "luthier.decode.mixture",
+    "Opened": "luthier.decode.mixture",
+    "Sampler": "luthier.decode.sampling",
     "Generation": "luthier.decode.generate",
     "Likelihood": "luthier.decode.likelihood",
     "answer_scorer": "luthier.decode.scoring",

@@ -1,0 +1,92 @@
+"""Laws that every decoder keeps, from one table: a new one gets them by one row."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tests.decode.mixtures import opened
+
+from luthier.decode import Eft, generate
+
+PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13], [5, 6, 7, 8]]
+NEW = 7
+
+
+def table(make):
+    """name -> a decoder of tiny random models."""
+    a, b, c, d = (make("llama", seed) for seed in range(4))
+    return {
+        "eft": Eft(base=a, tuned=b, tuned_base=c),
+        "eft, its own base": Eft(base=a, tuned=b, weight=1.5),
+        "eft, filtered": Eft(base=a, tuned=b, tuned_base=c, top_p_filter=0.9),
+        "eft, two behaviours": Eft(base=a, tuned=(b, d), tuned_base=c, weight=(0.3, 0.7)),
+        "eft, speculative": Eft(base=a, tuned=b, tuned_base=c, speculative=3),
+    }
+
+
+NAMES = list(table(lambda *_: torch.nn.Identity()))
+
+
+@pytest.fixture(scope="module")
+def decoders(make_model):
+    return table(make_model)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scores_are_a_distribution(decoders, tokenizer, name):
+    model = opened(decoders[name], tokenizer)
+    if model.decoder.stepwise:
+        pytest.skip("cannot score whole texts")
+    said = model(torch.tensor([PROMPTS[1]])).logits
+    torch.testing.assert_close(said.exp().sum(-1), torch.ones(said.shape[:-1]))
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_writes_what_each_prompt_writes_alone(decoders, tokenizer, name, sampled):
+    model, how = opened(decoders[name], tokenizer), {"max_new_tokens": NEW, "temperature": float(sampled), "seed": 4}
+    together = [g.ids for g in generate(model, tokenizer, PROMPTS, **how)]
+    apart = [g.ids for g in generate(model, tokenizer, PROMPTS, batch_tokens=1, **how)]
+    assert together == apart
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_cache_changes_nothing(decoders, tokenizer, name):
+    model = opened(decoders[name], tokenizer)
+    ids = torch.tensor([PROMPTS[1]])
+    how = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+    with_cache, without = (model.generate(ids, use_cache=cached, **how) for cached in (True, False))
+    assert torch.equal(with_cache, without)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_seed_same_words_and_other_seeds_others(decoders, tokenizer, name):
+    model = opened(decoders[name], tokenizer)
+    first, again, other = (
+        [g.ids for g in generate(model, tokenizer, PROMPTS, max_new_tokens=NEW, temperature=2.0, seed=seed)]
+        for seed in (1, 1, 2)
+    )
+    assert first == again != other
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_models_and_settings_are_as_they_were(decoders, tokenizer, name):
+    decoder = decoders[name]
+    model = opened(decoder, tokenizer)
+    before = [{k: v.clone() for k, v in o.model.state_dict().items()} for o in model.opened.values()]
+    generate(model, tokenizer, PROMPTS, max_new_tokens=3)
+    for old, one in zip(before, model.opened.values(), strict=True):
+        assert all(torch.equal(old[key], value) for key, value in one.model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_kept_logprobs_are_those_of_the_drawn_tokens(decoders, tokenizer, name):
+    model = opened(decoders[name], tokenizer)
+    if model.decoder.draft:
+        pytest.skip("written ahead, terms are asked in blocks")
+    found = generate(model, tokenizer, PROMPTS, max_new_tokens=NEW, keep_logprobs=True)
+    plain = generate(model, tokenizer, PROMPTS, max_new_tokens=NEW)
+    assert [g.ids for g in found] == [g.ids for g in plain]
+    for generation in found:
+        assert all(len(values) == len(generation.ids) for values in generation.logprobs.values())
+        assert all(value <= 1e-6 for value in generation.logprobs["mixture"])
