@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 METHODS = {
     "eft": "luthier.decode.eft:Eft",
+    "single": "luthier.decode.single:Single",
 }
 _WHERE = {
     "Decoder": "luthier.decode.base",
     "Eft": "luthier.decode.eft",
     "Mixture": "luthier.decode.mixture",
     "Opened": "luthier.decode.mixture",
+    "Single": "luthier.decode.single",
+    "open_decoder": "luthier.decode.opening",
     "Sampler": "luthier.decode.sampling",
     "Generation": "luthier.decode.generate",
     "Likelihood": "luthier.decode.likelihood",

@@ -74,6 +74,7 @@ def generate(
     batch_tokens: int = 4096,
     own_prompts: Mapping[str, Prompts] | None = None,
     keep_logprobs: bool = False,
+    first_number: int = 0,
     progress: Progress | None = None,
     tell: Tell | None = None,
 ) -> list[Generation]:
@@ -88,6 +89,7 @@ def generate(
         temperature, top_p, top_k, min_p, repetition_penalty, seed: see `luthier.decode.sampling.Sampler`.
         batch_tokens: prompt and new tokens, padding included, that one batch may hold.
         own_prompts: of a mixture, the prompts of terms that read others than `prompts`, in the same order.
+        first_number: of the first prompt, where these are a part of many: draws depend on a prompt's number.
         keep_logprobs: of a mixture, keep each term's log-probability of every token.
         progress: called with (prompts done, prompts in all) after every batch.
         tell: called with the numbers of the prompts of a batch and their new tokens, as they are drawn; behind the end
@@ -113,14 +115,25 @@ def generate(
         theirs = {name: [given[i] for i in batch] for name, given in own.items()}
         if isinstance(model, Mixture) and model.decoder.draft:
             for index in batch:
-                done[index] = _ahead(model, tokenizer, own, index, room, ends, tuple(stop), sampler, tell)
+                mine = {name: given[index] for name, given in own.items()}
+                number = first_number + index
+                done[index] = _ahead(model, tokenizer, mine, number, room, ends, tuple(stop), sampler, tell)
             finished += len(batch)
             if progress is not None:
                 progress(finished, len(prompts))
             continue
         starting = model.prompted(theirs, batch) if isinstance(model, Mixture) else nullcontext()
         with starting:
-            new = _run(model, tokenizer, here, room, ends, watch, sampler.processors(here, batch), streamer)
+            new = _run(
+                model,
+                tokenizer,
+                here,
+                room,
+                ends,
+                watch,
+                sampler.processors(here, [first_number + i for i in batch]),
+                streamer,
+            )
         logs = _logs(model, new) if keep_logprobs else [{}] * len(batch)
         for row, index in enumerate(batch):
             done[index] = _answer(tokenizer, new[row], watch.stopped[row], ends, stop, logs[row])
@@ -133,7 +146,7 @@ def generate(
 def _ahead(
     model: Mixture,
     tokenizer: Any,
-    own: Mapping[str, Prompts],
+    own: Mapping[str, Sequence[int]],
     number: int,
     room: int,
     ends: list[int],
@@ -153,7 +166,7 @@ def _ahead(
 
     new = speculate(
         model,
-        {name: prompts[number] for name, prompts in own.items()},
+        own,
         number=number,
         room=room,
         sampler=sampler,

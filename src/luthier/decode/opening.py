@@ -1,0 +1,179 @@
+"""From what settings name to models that run: folders, adapters and deltas, with weights shared wherever they can be.
+
+    a module, or a folder of weights     itself; named twice it is loaded once
+    a PEFT adapter                       layers beside those of the term it stands on; they are switched on and off
+    a delta                              the places that it changes, written into the weights of the term it stands on
+                                         before its turn and taken out after it, bit for bit
+
+So a tuned model that is an adapter or a sparse delta takes the memory of one model and of what changed. Of a tensor
+that changed by more than a third the tuned copy is kept whole. Writing a delta in and out costs a pass over what it
+changes at every step; where that is dearer than memory, apply it once (`luthier delta apply`) and name the outcome.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from luthier.decode.base import Decoder, Term
+from luthier.decode.mixture import Mixture, Opened
+from luthier.decode.vocabulary import shared_vocabulary
+from luthier.errors import InputError
+from luthier.models import ModelSettings, load
+from luthier.weights import Delta
+from luthier.weights.hashing import tensor_hash
+from luthier.weights.info import some
+
+DENSE = 1 / 3  # share of a tensor's entries from which on it is kept whole: a place and two values are three numbers
+
+
+def open_decoder(
+    decoder: Decoder, tokenizers: Mapping[str, Any] | None = None, *, dtype: str = "auto", device: str = "cpu"
+) -> Mixture:
+    """The decoder with its models loaded, as one model; its lead tokenizer is `mixture.lead.tokenizer`.
+
+    Args:
+        tokenizers: of terms that are modules, by term.
+        dtype: of models that are loaded (`ModelSettings.dtype`).
+        device: of models that are loaded.
+
+    Raises `InputError` for what cannot be loaded, and for models of different vocabularies.
+    """
+    opened = open_terms(decoder.terms(), tokenizers or {}, dtype=dtype, device=device)
+    return Mixture(decoder, opened, shared_vocabulary(opened))
+
+
+def open_terms(
+    terms: Mapping[str, Term], tokenizers: Mapping[str, Any], *, dtype: str = "auto", device: str = "cpu"
+) -> dict[str, Opened]:
+    """A model for each term."""
+    found: dict[str, Opened] = {}
+    known: dict[str, Opened] = {}
+    for name, term in terms.items():
+        if isinstance(term.model, nn.Module):
+            found[name] = Opened(term.model.eval(), tokenizer=tokenizers.get(name))
+            continue
+        if not isinstance(term.model, str | Path):
+            raise InputError(f"expected a folder or a model, got {type(term.model).__name__}", where=name)
+        where = str(term.model)
+        if where not in known:
+            known[where] = _opened(name, term, where, found, dtype, device)
+        found[name] = known[where]
+    return found
+
+
+def _opened(name: str, term: Term, where: str, found: dict[str, Opened], dtype: str, device: str) -> Opened:
+    path = Path(where)
+    adapter, delta = (path / "adapter_config.json").is_file(), (path / "delta.json").is_file()
+    if not adapter and not delta:
+        loaded = load(ModelSettings(base=where, dtype=dtype))  # type: ignore[arg-type]
+        return Opened(loaded.model.to(device), tokenizer=loaded.tokenizer)
+    kind = "an adapter" if adapter else "a delta"
+    if term.on is None or term.on not in found:
+        raise InputError(f"{name} is {kind}, and no other model is named for it to stand on", where=where)
+    if adapter:
+        return _on_adapter(name, where, term.on, found)
+    base = found[term.on]
+    entries = Entries(base.model, Delta.open(path), where)
+    return replace(base, active=_nested(base.active, entries.inside), variant=f"{base.variant}+{where}")
+
+
+def _on_adapter(name: str, where: str, on: str, found: dict[str, Opened]) -> Opened:
+    """Put the adapter's layers into the model of the term `on`, which runs with them switched off from now on."""
+    from peft import PeftModel
+
+    base = found[on]
+    if isinstance(base.model, PeftModel):
+        raise InputError(f"{on} has adapters already", where=where, fix="merge the adapters first")
+    wrapped = PeftModel.from_pretrained(base.model, where, adapter_name="tuned").eval()
+    for other, opened in found.items():
+        if opened.key == base.key:
+            found[other] = replace(opened, active=_nested(opened.active, _off(wrapped)))
+    return Opened(wrapped, base.active, f"{base.variant}+{where}", base.tokenizer)
+
+
+def _off(wrapped: Any) -> Callable[[], AbstractContextManager[Any]]:
+    return lambda: wrapped.disable_adapter()
+
+
+def _nested(
+    outer: Callable[[], AbstractContextManager[Any]], inner: Callable[[], AbstractContextManager[Any]]
+) -> Callable[[], AbstractContextManager[Any]]:
+    if outer is nullcontext:
+        return inner
+
+    @contextmanager
+    def both() -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(outer())
+            stack.enter_context(inner())
+            yield
+
+    return both
+
+
+class Entries:
+    """What a delta changes in a model that runs: places with both values, or whole tensors.
+
+    Raises `InputError` if the model is not the delta's base, or holds its weights in numbers of another type.
+    """
+
+    def __init__(self, model: nn.Module, delta: Delta, where: str):
+        held = dict(model.state_dict(keep_vars=True))
+        lost = sorted(set(delta.about["hashes"]) - held.keys())
+        if lost:
+            raise InputError(f"the model lacks {len(lost)} tensors of the delta ({some(lost)})", where=where)
+        if delta.about["widened"]:
+            what = "was tuned in wider numbers than its base has, and would be rounded to the base's"
+            raise InputError(what, where=where, fix="apply it (luthier delta apply) and name the outcome")
+        self.sparse: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []  # weight, places, tuned and base values
+        self.whole: list[tuple[Tensor, Tensor]] = []  # weight, tuned
+        for name in delta.tensors:
+            weight = held[name].detach()
+            stored = weight.cpu()
+            if tensor_hash(stored) != delta.about["hashes"][name][0]:
+                what = f"{name} is not that of the base which the delta was made of"
+                raise InputError(what, where=where, fix="name that base, in the numbers it is stored in")
+            tuned = delta.applied(name, stored)
+            places = (tuned != stored).view(-1).nonzero()[:, 0]
+            if len(places) > DENSE * stored.numel() or _negative_zeros(stored, tuned):
+                self.whole.append((weight, tuned.to(weight.device)))
+                continue
+            narrow = places.to(torch.int32 if stored.numel() < 2**31 else torch.int64)
+            values = tuned.view(-1)[places], stored.reshape(-1)[places]
+            self.sparse.append((weight, *(part.to(weight.device) for part in (narrow, *values))))
+
+    @property
+    def bytes(self) -> int:
+        """Memory beside the model's own."""
+        return sum(t.nbytes for _, *parts in self.sparse for t in parts) + sum(t.nbytes for _, t in self.whole)
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """While open, the model is the tuned one."""
+        with torch.no_grad():
+            self._write(2)
+            try:
+                yield
+            finally:
+                self._write(3)
+
+    def _write(self, side: int) -> None:
+        for entry in self.sparse:
+            entry[0].view(-1).index_copy_(0, entry[1].long(), entry[side])
+        for weight, other in self.whole:
+            now = weight.clone()
+            weight.copy_(other)
+            other.copy_(now)
+
+
+def _negative_zeros(base: Tensor, tuned: Tensor) -> bool:
+    """Whether a zero changed its sign: equal as numbers, not as bits."""
+    zeros = (base == 0) & (tuned == 0)
+    return bool((torch.signbit(base) != torch.signbit(tuned))[zeros].any())

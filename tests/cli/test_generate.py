@@ -1,0 +1,114 @@
+"""`luthier generate`: one model or a decoder; prompts from the command, a file and standard input; JSON lines out."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+
+import pytest
+
+from luthier.cli import app, main
+
+TINY = "package:luthier/worlds/tiny-lm"
+
+
+@pytest.fixture
+def luthier(capsys, monkeypatch):
+    """Runs a command in this process: (exit code, standard output, standard error)."""
+
+    def run(*arguments, stdin=None):
+        monkeypatch.setattr(sys, "argv", ["luthier", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin or ""))
+        with pytest.raises(SystemExit) as ended:
+            main()
+        said = capsys.readouterr()
+        return ended.value.code or 0, said.out, said.err
+
+    assert app
+    return run
+
+
+def records(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_one_prompt_is_answered_in_text_and_several_in_json_lines(luthier):
+    code, text, _ = luthier("generate", TINY, "-p", "copy: cat", "--max-new-tokens", "6")
+    assert code == 0
+    code, lines, _ = luthier("generate", TINY, "-p", "copy: cat", "-p", "add: 2", "--max-new-tokens", "6")
+    assert [record["prompt"] for record in records(lines)] == ["copy: cat", "add: 2"]
+    assert records(lines)[0]["text"] == text.rstrip("\n")
+
+
+def test_files_and_standard_input_give_the_same_answers(luthier, tmp_path):
+    prompts = ["copy: cat", "reverse: dog", "add: 2 3"]
+    (tmp_path / "p.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    rows = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
+    (tmp_path / "p.jsonl").write_text(rows, encoding="utf-8")
+    how = ("--max-new-tokens", "6", "--temperature", "1.0", "--seed", "3", "--quiet")
+    out = tmp_path / "out.jsonl"
+    texts = []
+    for given, stdin in (
+        (["--prompts", tmp_path / "p.txt"], None),
+        (["--prompts", tmp_path / "p.jsonl"], None),
+        ([], rows),
+        ([], "\n".join(prompts)),
+    ):
+        code, said, error = luthier("generate", TINY, *given, *how, "-o", out, stdin=stdin)
+        assert (code, said, error) == (0, "", "")
+        texts.append([record["text"] for record in records(out.read_text(encoding="utf-8"))])
+        out.unlink()
+    assert all(found == texts[0] for found in texts)
+    assert len(texts[0]) == 3
+    assert list(tmp_path.glob(".*")) == []
+
+
+def test_a_recipe_and_its_overrides(luthier, tmp_path):
+    recipe = tmp_path / "decoder.yaml"
+    recipe.write_text(
+        f"decoder: {{method: eft, base: '{TINY}', tuned: '{TINY}'}}\n"
+        "formats: {base: plain, tuned: chat}\nmax_new_tokens: 5\nsampling: {temperature: 0.0}\n",
+        encoding="utf-8",
+    )
+    code, lines, _ = luthier("generate", "--recipe", recipe, "--set", "weight=0.5", "-p", "copy: cat", "--logprobs")
+    (record,) = records(lines)
+    assert code == 0
+    assert set(record["logprobs"]) == {"base", "tuned", "mixture"}
+    assert all(len(values) == len(record["tokens"]) for values in record["logprobs"].values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "words"),
+    [
+        ((), None, "name one model, or --decoder, or --recipe"),
+        ((TINY, "--decoder", "eft", "-p", "x"), None, "name one model"),
+        (("--decoder", "efd", "-p", "x"), None, "did you mean 'eft'"),
+        (("--decoder", "eft", "--set", f"base={TINY}", "-p", "x"), None, "decoder.tuned: Field required"),
+        ((TINY, "-p", ""), None, "--prompt:1: the prompt is empty"),
+        ((TINY,), "", "there is no prompt"),
+        ((TINY,), "{broken", "standard input:1: not valid JSON"),
+        ((TINY,), '{"answer": 1}', "neither prompt nor messages"),
+        ((TINY, "-p", "x", "--format", "wrong"), None, "no format 'wrong'"),
+        ((TINY, "-p", "x", "--format", "other=plain"), None, "there is no term other"),
+        ((TINY, "-p", "x", "--temperature", "-1"), None, "sampling: temperature"),
+        ((TINY, "-p", "x " * 3000), None, "the model's context ends at"),
+        ((TINY, "--prompts", "missing.jsonl"), None, "missing.jsonl"),
+        (("nowhere", "-p", "x"), None, "nowhere"),
+        (("--decoder", "eft", "--set", f"base={TINY}", f"tuned={TINY}", "weight=.nan", "-p", "x"), None, "finite"),
+    ],
+)
+def test_bad_input_is_one_sentence(luthier, arguments, stdin, words):
+    code, said, error = luthier("generate", *arguments, stdin=stdin)
+    assert (code, said) == (2, "")
+    assert words in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_an_answer_file_is_not_overwritten(luthier, tmp_path):
+    out = tmp_path / "out.jsonl"
+    out.write_text("mine", encoding="utf-8")
+    code, _, error = luthier("generate", TINY, "-p", "x", "-o", out)
+    assert code == 2
+    assert "this place is taken" in error
+    assert out.read_text(encoding="utf-8") == "mine"
