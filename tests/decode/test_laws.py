@@ -6,7 +6,7 @@ import pytest
 import torch
 from tests.decode.mixtures import opened
 
-from luthier.decode import Eft, generate
+from luthier.decode import AlphaScaling, Eft, Single, generate
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13], [5, 6, 7, 8]]
 NEW = 7
@@ -16,6 +16,8 @@ def table(make):
     """name -> a decoder of tiny random models."""
     a, b, c, d = (make("llama", seed) for seed in range(4))
     return {
+        "single": Single(base=a),
+        "alpha-scaling": AlphaScaling(base=a, tuned=b, alpha=1.3),
         "eft": Eft(base=a, tuned=b, tuned_base=c),
         "eft, its own base": Eft(base=a, tuned=b, weight=1.5),
         "eft, filtered": Eft(base=a, tuned=b, tuned_base=c, top_p_filter=0.9),

@@ -13,10 +13,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 METHODS = {
+    "alpha-scaling": "luthier.decode.alpha_scaling:AlphaScaling",
     "eft": "luthier.decode.eft:Eft",
     "single": "luthier.decode.single:Single",
 }
 _WHERE = {
+    "AlphaScaling": "luthier.decode.alpha_scaling",
     "Decoder": "luthier.decode.base",
     "Eft": "luthier.decode.eft",
     "Mixture": "luthier.decode.mixture",

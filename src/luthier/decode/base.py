@@ -93,6 +93,11 @@ class Decoder(Method):
         """The models by name, none of them None. The first one's tokenizer, end tokens and context lead."""
         raise NotImplementedError
 
+    def joined(self, opened: Mapping[str, Any]) -> dict[str, Any]:
+        """The models (`luthier.decode.mixture.Opened`) that run, by term, from those that `terms` names: the same,
+        unless a decoder makes one model of several."""
+        return dict(opened)
+
     def scores(self, step: Step) -> Tensor:
         """(N, vocabulary) float32 normalised log-probabilities of the next token."""
         raise NotImplementedError

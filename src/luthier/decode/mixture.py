@@ -25,7 +25,7 @@ from transformers import GenerationConfig
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from luthier.decode.base import Decoder, Step, normalised
+from luthier.decode.base import Decoder, Step, Term, normalised
 from luthier.decode.inputs import context_length
 from luthier.decode.streams import Apart, Stream, open_stream
 from luthier.errors import InputError
@@ -159,12 +159,12 @@ class Mixture(nn.Module, GenerationMixin):
 
     def __init__(self, decoder: Decoder, opened: Mapping[str, Opened], vocabulary: int):
         super().__init__()
-        self.decoder, self.terms, self.opened = decoder, decoder.terms(), dict(opened)
-        lost = self.terms.keys() ^ self.opened.keys()
+        self.decoder, terms = decoder, decoder.terms()
+        lost = terms.keys() ^ opened.keys()
         if lost:
-            raise InputError(
-                f"{decoder.method} wants the models {', '.join(self.terms)}", where=", ".join(sorted(lost))
-            )
+            raise InputError(f"{decoder.method} wants the models {', '.join(terms)}", where=", ".join(sorted(lost)))
+        self.opened: dict[str, Opened] = decoder.joined(opened)
+        self.terms = {name: terms.get(name, Term(one.model)) for name, one in self.opened.items()}
         self.vocabulary = vocabulary
         self.keeps_logs = False
         lead: Any = self.lead.model
