@@ -1,6 +1,6 @@
 """Exact order statistics by guessing and comparing: a sample says where a rank lies, one pass makes it exact.
 
-    first pass     a sample of every s-th number; if s stayed 1 it is all of them, and the answer
+    first pass     a sample of every s-th number; if s is 1 it is all of them, and the answer
     second pass    count what is below, at and above two values that bracket the rank, and keep the few between them
 
 The sample is of some hundred thousand numbers; the bracket is six standard deviations of the rank's error to either
@@ -8,7 +8,8 @@ side, so what lies between is about a hundredth of all, and no more is kept than
 differences of 16-bit weights are, mostly equal one of the two values; they are only counted. Where a guess was wrong
 (numbers that repeat in step with the sample), or too much lies between (more than a thousand million numbers), the row
 is counted into bins instead: see `counting`. So the answer is always exact. Comparing and counting are numpy's, which
-does both many times faster than torch does.
+does both many times faster than torch does; of `Differences` a sample reads only what it takes, and a compiled pass
+compares and counts.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from torch import Tensor
 
 from luthier.weights.ahead import ahead
 from luthier.weights.counting import Stretch, Walk, counted, numbers_of
+from luthier.weights.stored import Differences
 
 SAMPLE = 2**18  # numbers of each row that a sample holds at most
+LEAST = 2**15  # and at least, where a row's length is known and the sample is a sixteenth of it
 KEPT = 3 * 2**22  # numbers of each row and rank that may lie in a bracket
 WIDE = 6.0  # standard deviations
 Numbers = NDArray[np.float32]
@@ -59,13 +62,16 @@ class Bracket:
     kept: int = 0
 
 
-def ranked(walk: Walk, ranks_of: Callable[[int], Sequence[int]], magnitudes: bool) -> tuple[list[list[Place]], int]:
+def ranked(
+    walk: Walk, ranks_of: Callable[[int], Sequence[int]], magnitudes: bool, expected: int = 0
+) -> tuple[list[list[Place]], int]:
     """For each row and each 0-based rank its `Place`; and how many numbers a row has.
 
     Args:
         ranks_of: the ascending ranks, given that number.
+        expected: that number, if it is known before: the sample is then taken in the right steps from the start.
     """
-    samples, stride, total = _sampled(walk, magnitudes)
+    samples, stride, total = _sampled(walk, magnitudes, expected)
     ranks = list(ranks_of(total))
     if stride == 1:
         return [_in_memory(values, start, ranks) for values, start in samples], total
@@ -92,15 +98,19 @@ def _numbers(row: Tensor, magnitudes: bool) -> Numbers:
     return np.abs(values) if magnitudes else values + np.float32(0)
 
 
-def _sampled(walk: Walk, magnitudes: bool) -> tuple[list[tuple[Numbers, int]], int, int]:
+def _sampled(walk: Walk, magnitudes: bool, expected: int) -> tuple[list[tuple[Numbers, int]], int, int]:
     """Of each row the numbers at places divisible by the stride, and the first place; the stride; numbers of a row."""
     stride, total, first, filled = 1, 0, 0, 0
+    while expected > stride * min(SAMPLE, max(LEAST, expected // 16)):
+        stride *= 2
     kept: list[Numbers] = []  # of fixed size: many small arrays would lie scattered between the tiles in memory
 
     def sample(item: Stretch) -> tuple[int, int, int, list[Numbers]]:
-        step, place = stride, item[0]
-        rows = numbers_of(item[1])
+        step, (place, given) = stride, item
         start = -place % step
+        if magnitudes and isinstance(given, Differences):
+            return step, place + start, given.elements, given.every(start, step)
+        rows = numbers_of(given)
         return (
             step,
             place + start,
@@ -158,8 +168,18 @@ def _guess(row: int, rank: int, total: int, sample: Numbers) -> Bracket:
 def _compare(walk: Walk, brackets: Sequence[Bracket], magnitudes: bool) -> None:
     """Count and keep: one pass."""
 
+    columns = sum(bracket.row == 0 for bracket in brackets)
+    lows, highs = (
+        np.array([side(bracket) for bracket in brackets], np.float32).reshape(-1, columns)
+        for side in (lambda bracket: bracket.low, lambda bracket: bracket.high)
+    )
+
     def compared(item: Stretch) -> tuple[int, list[tuple[int, int, int, int, Numbers]]]:
-        place, rows = item[0], numbers_of(item[1])
+        place, given = item
+        if magnitudes and isinstance(given, Differences):
+            counts = given.compared(lows, highs)
+            return place, [_of_counts(given, bracket, row) for bracket, row in zip(brackets, counts.reshape(-1, 4).tolist(), strict=True)]
+        rows = numbers_of(given)
         numbers = {row: _numbers(rows[row], magnitudes) for row in {bracket.row for bracket in brackets}}
         found = []
         for bracket in brackets:
@@ -186,6 +206,16 @@ def _compare(walk: Walk, brackets: Sequence[Bracket], magnitudes: bool) -> None:
                 bracket.inside.clear()
             else:
                 bracket.inside.append(inside)
+
+
+def _of_counts(given: Differences, bracket: Bracket, counts: list[int]) -> tuple[int, int, int, int, Numbers]:
+    """What `_compare` notes of a stretch, from how many are above and not below the bracket's two values."""
+    above_low, from_low, above_high, from_high = counts
+    low, high = np.float32(bracket.low), np.float32(bracket.high)
+    between = above_low - from_high if high > low else 0
+    wanted = between if bracket.kept <= KEPT else 0
+    inside = given.within(bracket.row, low, high, wanted) if wanted else np.empty(0, np.float32)
+    return above_low, from_low - above_low, above_high, from_high - above_high if high > low else 0, inside
 
 
 def _resolved(walk: Walk, bracket: Bracket, total: int, magnitudes: bool) -> Place | None:
