@@ -228,28 +228,30 @@ def _resolved(walk: Walk, bracket: Bracket, total: int, magnitudes: bool) -> Pla
     if left < 0 or bracket.rank >= total - bracket.above_high:
         return None
     if left < equal_low:
-        at = _finder(walk, bracket, bracket.low, 1, magnitudes)
-        return Place(bracket.low, bracket.above_low, equal_low, at)
+        counts = [low for _, low, _ in bracket.equals]
+        return Place(bracket.low, bracket.above_low, equal_low, _finder(walk, bracket, bracket.low, counts, magnitudes))
     if left >= equal_low + bracket.kept:
-        at = _finder(walk, bracket, bracket.high, 2, magnitudes)
+        counts = [high for _, _, high in bracket.equals]
+        at = _finder(walk, bracket, bracket.high, counts, magnitudes)
         return Place(bracket.high, bracket.above_high, equal_high, at)
     inside = np.concatenate(bracket.inside)
-    value = float(np.partition(inside, left - equal_low)[left - equal_low])
-    above = bracket.above_high + equal_high + _count(inside > np.float32(value))
-    same = _count(inside == np.float32(value))
-    return Place(value, above, same, _searcher(walk, bracket.row, value, magnitudes))
+    value = np.partition(inside, left - equal_low)[left - equal_low]
+    above = bracket.above_high + equal_high + _count(inside > value)
+    counts = [_count(here == value) for here in bracket.inside]
+    return Place(float(value), above, sum(counts), _finder(walk, bracket, float(value), counts, magnitudes))
 
 
-def _finder(walk: Walk, bracket: Bracket, value: float, side: int, magnitudes: bool) -> Callable[[int], int]:
-    """`Place.at` of numbers that were counted by stretch: only the stretch that it stands in is computed again."""
+def _finder(
+    walk: Walk, bracket: Bracket, value: float, counts: Sequence[int], magnitudes: bool
+) -> Callable[[int], int]:
+    """`Place.at` of numbers of which every stretch has so many: only the one that it stands in is computed again."""
 
     def at(count: int) -> int:
-        passed = 0
-        for about, (place, given) in zip(bracket.equals, walk(), strict=True):
-            if count <= passed + about[side]:
+        for here, (place, given) in zip(counts, walk(), strict=True):
+            if count <= here:
                 values = _numbers(numbers_of(given)[bracket.row], magnitudes)
-                return place + int(np.flatnonzero(values == np.float32(value))[count - passed - 1]) + 1
-            passed += about[side]
+                return place + int(np.flatnonzero(values == np.float32(value))[count - 1]) + 1
+            count -= here
         raise ValueError("the stream has become shorter")
 
     return at

@@ -33,9 +33,9 @@ from numba.core import types
 from numba.extending import intrinsic
 
 F = TypeVar("F", bound=Callable[..., Any])
-RUN = 2048
+RUN = 1024
 PLAIN, MEAN, SUM, MAX = 0, 1, 2, 3  # how `combine` brings the kept differences together
-_ZERO, _ONE, _YES, _NO = np.float32(0), np.float32(1), np.int32(1), np.int32(0)
+_ZERO, _ONE, _YES, _NO, _TWO = np.float32(0), np.float32(1), np.int32(1), np.int32(0), np.int32(2)
 
 
 def _compiled(**settings: Any) -> Callable[[F], F]:
@@ -77,11 +77,11 @@ def _narrow(values, out):
     """values.to(out's type): (m,) finite float32; bfloat16 rounded to nearest, ties to even."""
     if out.itemsize == 2:
         bits = values.view(np.uint32)
-        for i in range(len(values)):
+        for i in range(len(out)):
             odd = np.uint32((bits[i] >> np.uint32(16)) & np.uint32(1))
             out[i] = np.uint16(np.uint32(bits[i] + np.uint32(0x7FFF) + odd) >> np.uint32(16))
     else:
-        for i in range(len(values)):
+        for i in range(len(out)):
             out[i] = values[i]
 
 
@@ -89,89 +89,78 @@ def _narrow(values, out):
 def _subtract(stored, base, out):
     """stored.float() - base into `out`."""
     _widen(stored, out)
-    for i in range(len(base)):
+    for i in range(len(stored)):
         out[i] -= base[i]
 
 
 @_compiled(fastmath={"reassoc"})
-def _squares(values):
-    """Sum of squares of (m,) float32, in any order."""
+def _squares(values, m):
+    """Sum of squares of m float32, in any order."""
     total = _ZERO
-    for i in range(len(values)):
+    for i in range(m):
         total += values[i] * values[i]
     return total
 
 
 @_compiled(fastmath={"reassoc"})
-def _total(values):
-    """Sum of (m,) float32, in any order; finite only if all are."""
+def _total(values, m):
+    """Sum of m float32, in any order; finite only if all are."""
     total = _ZERO
-    for i in range(len(values)):
+    for i in range(m):
         total += values[i]
     return total
 
 
 @_compiled()
-def _from(delta, value, out):
-    """`delta` into `out` where its magnitude is not below `value`, 0 elsewhere; all (m,) float32."""
-    for i in range(len(delta)):
-        out[i] = delta[i] if abs(delta[i]) >= value else _ZERO
+def _keep(delta, value, first, m, kept, k):
+    """Cut.keep: the differences whose magnitude is above `value`, or equals it among the `first` ones, and else 0."""
+    if first == 0:
+        for i in range(m):
+            kept[k, i] = delta[i] if abs(delta[i]) > value else _ZERO
+    else:
+        for i in range(m):
+            kept[k, i] = delta[i] if abs(delta[i]) >= value else _ZERO
+        for i in range(first, m):
+            if abs(delta[i]) == value:
+                kept[k, i] = _ZERO
 
 
 @_compiled()
-def _above(delta, value, out):
-    """`delta` into `out` where its magnitude is above `value`, 0 elsewhere."""
-    for i in range(len(delta)):
-        out[i] = delta[i] if abs(delta[i]) > value else _ZERO
+def _drop(delta, value, first, m, kept, k):
+    """The reverse: 0 where the magnitude is above `value`, or equals it among the `first` ones."""
+    for i in range(m):
+        kept[k, i] = _ZERO if abs(delta[i]) > value else kept[k, i]
+    for i in range(first):
+        if abs(delta[i]) == value:
+            kept[k, i] = _ZERO
 
 
 @_compiled()
-def _below(delta, value, out):
-    """`out` becomes 0 where the magnitude of `delta` is not below `value`."""
-    for i in range(len(delta)):
-        out[i] = _ZERO if abs(delta[i]) >= value else out[i]
-
-
-@_compiled()
-def _up_to(delta, value, out):
-    """`out` becomes 0 where the magnitude of `delta` is above `value`."""
-    for i in range(len(delta)):
-        out[i] = _ZERO if abs(delta[i]) > value else out[i]
-
-
-@_compiled()
-def _trimmed(delta, start, k, values, places, weights, out):
-    """What the two cuts of model k keep of a run of differences, times the model's weight, into `out`."""
-    size = len(delta)
-    first = min(max(places[k, 1] - start, 0), size)  # up to here what equals the cut is above it
-    _from(delta[:first], values[k, 1], out[:first])
-    _above(delta[first:], values[k, 1], out[first:])
+def _trim(delta, start, m, k, values, places, weights, kept):
+    """What the two cuts of model k keep of m differences, times the model's weight, into row k of `kept`."""
+    _keep(delta, values[k, 1], min(max(places[k, 1] - start, 0), m), m, kept, k)
     if values[k, 0] < np.inf:
-        first = min(max(places[k, 0] - start, 0), size)
-        _below(delta[:first], values[k, 0], out[:first])
-        _up_to(delta[first:], values[k, 0], out[first:])
+        _drop(delta, values[k, 0], min(max(places[k, 0] - start, 0), m), m, kept, k)
     if weights[k] != _ONE:
-        _times(out, weights[k])
+        for i in range(m):
+            kept[k, i] *= weights[k]
 
 
 @_compiled()
-def _times(values, factor):
-    for i in range(len(values)):
-        values[i] *= factor
+def _add_up(kept, m, sums):
+    """kept.double() added up over the models into `sums`, float64."""
+    for i in range(m):
+        sums[i] = np.float64(kept[0, i])
+    for k in range(1, len(kept)):
+        for i in range(m):
+            sums[i] += np.float64(kept[k, i])
 
 
 @_compiled()
-def _add_up(kept, sums):
-    """kept.double() added to `sums`: (m,) float32 and float64."""
-    for i in range(len(sums)):
-        sums[i] += np.float64(kept[i])
-
-
-@_compiled()
-def _counts(values, low, high):
-    """How many of (m,) float32 are above and not below `low`, above and not below `high`: four int32."""
+def _counts(values, low, high, m):
+    """How many of m float32 are above and not below `low`, above and not below `high`: four int32."""
     a, b, c, d = _NO, _NO, _NO, _NO
-    for i in range(len(values)):
+    for i in range(m):
         value = values[i]
         a = np.int32(a + (_YES if value > low else _NO))
         b = np.int32(b + (_YES if value >= low else _NO))
@@ -181,8 +170,8 @@ def _counts(values, low, high):
 
 
 @_compiled()
-def _magnitudes(values):
-    for i in range(len(values)):
+def _magnitudes(values, m):
+    for i in range(m):
         values[i] = abs(values[i])
 
 
@@ -203,13 +192,12 @@ def compare(sides, lows, highs):
     n = sides.shape[1]
     for start in range(0, n, RUN):
         stop = min(start + RUN, n)
-        ours, theirs = base[: stop - start], values[: stop - start]
-        _widen(sides[0, start:stop], ours)
+        _widen(sides[0, start:stop], base)
         for k in range(models):
-            _subtract(sides[k + 1, start:stop], ours, theirs)
-            _magnitudes(theirs)
+            _subtract(sides[k + 1, start:stop], base, values)
+            _magnitudes(values, stop - start)
             for r in range(brackets):
-                counts = _counts(theirs, lows[k, r], highs[k, r])
+                counts = _counts(values, lows[k, r], highs[k, r], stop - start)
                 for c in range(4):
                     found[k, r, c] += counts[c]
     return found
@@ -218,20 +206,34 @@ def compare(sides, lows, highs):
 @_compiled()
 def within(sides, k, low, high, count):
     """The `count` magnitudes of model k's difference between `low` and `high`, ends excluded, in order: float32."""
-    found = np.empty(count, np.float32)
+    found = np.empty(count + 1, np.float32)  # the last one takes what is not between
     base, values = np.empty(RUN, np.float32), np.empty(RUN, np.float32)
     n, at = sides.shape[1], 0
     for start in range(0, n, RUN):
         stop = min(start + RUN, n)
-        ours, theirs = base[: stop - start], values[: stop - start]
-        _widen(sides[0, start:stop], ours)
-        _subtract(sides[k + 1, start:stop], ours, theirs)
-        _magnitudes(theirs)
+        _widen(sides[0, start:stop], base)
+        _subtract(sides[k + 1, start:stop], base, values)
+        _magnitudes(values, stop - start)
         for i in range(stop - start):
-            if low < theirs[i] < high and at < count:
-                found[at] = theirs[i]
-                at += 1
-    return found
+            found[at] = values[i]
+            at += np.int64((values[i] > low) & (values[i] < high))
+    return found[:count]
+
+
+@_compiled()
+def nth(sides, k, value, count):
+    """Where the `count`-th (from 1) of model k's magnitudes stands that equal `value`; n if there are fewer."""
+    base, values = np.empty(RUN, np.float32), np.empty(RUN, np.float32)
+    n = sides.shape[1]
+    for start in range(0, n, RUN):
+        stop = min(start + RUN, n)
+        _widen(sides[0, start:stop], base)
+        _subtract(sides[k + 1, start:stop], base, values)
+        for i in range(stop - start):
+            count -= abs(values[i]) == value
+            if count == 0:
+                return start + i
+    return n
 
 
 @_compiled()
@@ -243,26 +245,24 @@ def balance(sides, values, places, weights):
         values, places, weights: as in `combine`.
     """
     models, n, more = len(weights), sides.shape[1], 0
-    base, delta, kept = np.empty(RUN, np.float32), np.empty(RUN, np.float32), np.empty(RUN, np.float32)
-    sums = np.empty(RUN, np.float64)
+    base, delta, sums = np.empty(RUN, np.float32), np.empty(RUN, np.float32), np.empty(RUN, np.float64)
+    kept = np.empty((models, RUN), np.float32)
     for start in range(0, n, RUN):
         stop = min(start + RUN, n)
-        m = stop - start
-        _widen(sides[0, start:stop], base[:m])
-        sums[:m] = 0
+        _widen(sides[0, start:stop], base)
         for k in range(models):
-            _subtract(sides[k + 1, start:stop], base[:m], delta[:m])
-            _trimmed(delta[:m], start, k, values, places, weights, kept[:m])
-            _add_up(kept[:m], sums[:m])
-        more += _lead(sums[:m])
+            _subtract(sides[k + 1, start:stop], base, delta)
+            _trim(delta, start, stop - start, k, values, places, weights, kept)
+        _add_up(kept, stop - start, sums)
+        more += _lead(sums, stop - start)
     return more
 
 
 @_compiled()
-def _lead(sums):
-    """How many more of (m,) float64 are above 0 than below."""
+def _lead(sums, m):
+    """How many more of m float64 are above 0 than below."""
     more = 0
-    for i in range(len(sums)):
+    for i in range(m):
         more += (1 if sums[i] > 0 else 0) - (1 if sums[i] < 0 else 0)
     return more
 
@@ -288,169 +288,110 @@ def combine(sides, values, places, weights, factors, how, tie, scale):
     merged, counts, squares = np.empty(n, sides.dtype), np.zeros(models + 3, np.int64), np.zeros(models + 1)
     base, delta, sign = np.empty(RUN, np.float32), np.empty(RUN, np.float32), np.empty(RUN, np.float32)
     total, divisor = np.empty(RUN, np.float32), np.empty(RUN, np.float32)
-    most, least, spoken = np.empty(RUN, np.float32), np.empty(RUN, np.float32), np.empty(RUN, np.int32)
+    spoken, signs = np.empty(RUN, np.int32), np.empty(RUN, np.int32)
     kept, sums = np.empty((models, RUN), np.float32), np.empty(RUN, np.float64)
     fine = True
     for start in range(0, n, RUN):
         stop = min(start + RUN, n)
         m = stop - start
-        _widen(sides[0, start:stop], base[:m])
-        squares[0] += _squares(base[:m])
-        sums[:m], spoken[:m], most[:m], least[:m] = 0, 0, 0, 0
+        _widen(sides[0, start:stop], base)
+        squares[0] += _squares(base, m)
         for k in range(models):
-            _subtract(sides[k + 1, start:stop], base[:m], delta[:m])
-            squares[k + 1] += _squares(delta[:m])
-            _trimmed(delta[:m], start, k, values, places, weights, kept[k, :m])
-            counts[k] += _speak(kept[k, :m], spoken[:m])
-            _reach(kept[k, :m], most[:m], least[:m])
-        if models > 1:
-            _share(spoken[:m], most[:m], least[:m], counts[models:])
+            _subtract(sides[k + 1, start:stop], base, delta)
+            squares[k + 1] += _squares(delta, m)
+            _trim(delta, start, m, k, values, places, weights, kept)
+            counts[k] += _speak(kept, k, m, spoken, signs)
+        _share(spoken, signs, m, counts[models:])
         if how == PLAIN:
-            _lincomb(kept, factors, total[:m])
+            _lincomb(kept, factors, m, total)
         else:
-            for k in range(models):
-                _add_up(kept[k, :m], sums[:m])
-            _elect(sums[:m], tie, sign[:m])
-            _agree(kept, sign[:m], factors, how, total[:m], divisor[:m])
-        _move(base[:m], total[:m], scale, total[:m])
-        fine = fine and np.isfinite(_total(total[:m]))
-        _narrow(total[:m], merged[start:stop])
+            _add_up(kept, m, sums)
+            _elect(sums, tie, m, sign)
+            _agree(kept, sign, factors, how, m, total, divisor)
+        fine = fine and np.isfinite(_move(base, total, scale, m))
+        _narrow(total, merged[start:stop])
     return merged, counts, squares, fine and np.isfinite(squares.sum())
 
 
 @_compiled()
-def _speak(kept, spoken):
-    """How many of (m,) float32 are not 0; adds 1 to `spoken` (int32) at each of them."""
+def _speak(kept, k, m, spoken, signs):
+    """How many of model k's m kept differences are not 0. Adds 1 at each of them to `spoken`, from 0 on for the first
+    model; `signs` has bit 1 where one is above 0, bit 2 where one is below."""
     count = _NO
-    for i in range(len(kept)):
-        here = _YES if kept[i] != _ZERO else _NO
+    if k == 0:
+        for i in range(m):
+            spoken[i] = _NO
+            signs[i] = _NO
+    for i in range(m):
+        here = _YES if kept[k, i] != _ZERO else _NO
         spoken[i] = np.int32(spoken[i] + here)
         count = np.int32(count + here)
+    for i in range(m):
+        up = _YES if kept[k, i] > _ZERO else _NO
+        down = _TWO if kept[k, i] < _ZERO else _NO
+        signs[i] = np.int32(signs[i] | up | down)
     return count
 
 
 @_compiled()
-def _reach(kept, most, least):
-    """The largest and the least so far, in place."""
-    for i in range(len(kept)):
-        most[i] = kept[i] if kept[i] > most[i] else most[i]
-        least[i] = kept[i] if kept[i] < least[i] else least[i]
-
-
-@_compiled()
-def _share(spoken, most, least, counts):
+def _share(spoken, signs, m, counts):
     """Add to `counts` the places with one and more, with two and more, and with both signs."""
     some, several, conflicts = _NO, _NO, _NO
-    for i in range(len(spoken)):
+    for i in range(m):
         some = np.int32(some + (_YES if spoken[i] > 0 else _NO))
         several = np.int32(several + (_YES if spoken[i] > 1 else _NO))
-        conflicts = np.int32(conflicts + (_YES if (most[i] > _ZERO) & (least[i] < _ZERO) else _NO))
+        conflicts = np.int32(conflicts + (_YES if signs[i] == 3 else _NO))
     counts[0] += some
     counts[1] += several
     counts[2] += conflicts
 
 
 @_compiled()
-def _lincomb(kept, factors, total):
-    """algebra.lincomb of the first m of (K, RUN), (K,) -> (m,), all float32."""
-    m = len(total)
-    _multiply(kept[0, :m], factors[0], total)
+def _lincomb(kept, factors, m, total):
+    """algebra.lincomb of the first m of (K, RUN) and of (K,)."""
+    for i in range(m):
+        total[i] = kept[0, i] * factors[0]
     for k in range(1, len(factors)):
-        _add(kept[k, :m], factors[k], total)
+        for i in range(m):
+            total[i] = fma(kept[k, i], factors[k], total[i])
 
 
 @_compiled()
-def _multiply(values, factor, total):
-    for i in range(len(total)):
-        total[i] = values[i] * factor
-
-
-@_compiled()
-def _add(values, factor, total):
-    """total.add_(values, alpha=factor)."""
-    for i in range(len(total)):
-        total[i] = fma(values[i], factor, total[i])
-
-
-@_compiled()
-def _elect(sums, tie, sign):
-    """The signs of (m,) float64 into (m,) float32; `tie` where a sum is 0."""
-    for i in range(len(sums)):
+def _elect(sums, tie, m, sign):
+    """The signs of m float64 as float32; `tie` where a sum is 0."""
+    for i in range(m):
         sign[i] = _ONE if sums[i] > 0 else (-_ONE if sums[i] < 0 else tie)
 
 
 @_compiled()
-def _agree(kept, sign, factors, how, total, divisor):
-    """algebra.agree of the first m of (K, RUN), and (m,), into `total`; (m,) `divisor` is room to work in."""
-    m = len(total)
-    total[:], divisor[:] = _ZERO, _ZERO
+def _agree(kept, sign, factors, how, m, total, divisor):
+    """algebra.agree of the first m of (K, RUN) into `total`; `divisor` is room to work in."""
+    for i in range(m):
+        total[i] = _ZERO
+        divisor[i] = _ZERO
     for k in range(len(factors)):
         if how == MAX:
-            _largest(kept[k, :m], sign, total)
+            for i in range(m):
+                agreeing = kept[k, i] * sign[i]
+                total[i] = agreeing if agreeing > total[i] else total[i]
         else:
-            _agreeing(kept[k, :m], sign, total)
+            for i in range(m):
+                agreeing = kept[k, i] * sign[i]
+                total[i] += agreeing if agreeing > _ZERO else _ZERO
         if how == MEAN:
-            _voices(kept[k, :m], sign, factors[k], divisor)
-    _signed(sign, total)
-    if how == MEAN:
-        _divide(total, divisor)
-
-
-@_compiled()
-def _signed(sign, total):
-    for i in range(len(total)):
+            for i in range(m):
+                divisor[i] += factors[k] if kept[k, i] * sign[i] > _ZERO else _ZERO
+    for i in range(m):
         total[i] *= sign[i]
-
-
-@_compiled()
-def _divide(total, divisor):
-    for i in range(len(total)):
-        total[i] /= divisor[i] if divisor[i] != _ZERO else _ONE
-
-
-@_compiled()
-def _agreeing(kept, sign, total):
-    for i in range(len(total)):
-        agreeing = kept[i] * sign[i]
-        total[i] += agreeing if agreeing > _ZERO else _ZERO
-
-
-@_compiled()
-def _largest(kept, sign, total):
-    for i in range(len(total)):
-        agreeing = kept[i] * sign[i]
-        total[i] = agreeing if agreeing > total[i] else total[i]
-
-
-@_compiled()
-def _voices(kept, sign, factor, divisor):
-    for i in range(len(divisor)):
-        divisor[i] += factor if kept[i] * sign[i] > _ZERO else _ZERO
-
-
-@_compiled()
-def _move(base, change, scale, out):
-    """algebra.moved(base, change * scale)."""
-    for i in range(len(base)):
-        moved = change[i] * scale
-        out[i] = base[i] if moved == _ZERO else base[i] + moved
-
-
-@_compiled()
-def blend(sides, factors):
-    """algebra.lincomb of whole models: (K, n) and (K,) float32 -> (n,) of the type of `sides`; whether it is finite."""
-    n, fine = sides.shape[1], True
-    merged = np.empty(n, sides.dtype)
-    total, values = np.empty(RUN, np.float32), np.empty(RUN, np.float32)
-    for start in range(0, n, RUN):
-        stop = min(start + RUN, n)
-        m = stop - start
-        _widen(sides[0, start:stop], total[:m])
+    if how == MEAN:
         for i in range(m):
-            total[i] *= factors[0]
-        for k in range(1, len(factors)):
-            _widen(sides[k, start:stop], values[:m])
-            _add(values[:m], factors[k], total[:m])
-        fine = fine and np.isfinite(_total(total[:m]))
-        _narrow(total[:m], merged[start:stop])
-    return merged, fine
+            total[i] /= divisor[i] if divisor[i] != _ZERO else _ONE
+
+
+@_compiled()
+def _move(base, change, scale, m):
+    """algebra.moved(base, change * scale) in the place of `change`; the sum, which is finite only if all are."""
+    for i in range(m):
+        moved = change[i] * scale
+        change[i] = base[i] if moved == _ZERO else base[i] + moved
+    return _total(change, m)
