@@ -15,17 +15,20 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from luthier.merge.base import Tile
 from luthier.merge.report import Counts
+from luthier.weights.algebra import finite, lincomb
 from luthier.weights.ranks import Cut
 from luthier.weights.stored import as_tensor
 
 How = Literal["sum", "mean of agreeing", "sum of agreeing", "max of agreeing"]
 HOW: dict[How, int] = {"sum": 0, "mean of agreeing": 1, "sum of agreeing": 2, "max of agreeing": 3}
 Cuts = Sequence[tuple[Cut, Cut]]
+RUN = 2**16  # elements that torch adds up at a time
 
 
 def combined(
@@ -77,16 +80,18 @@ def balanced(tile: Tile, cuts: Cuts, weights: Sequence[float] | None) -> int | N
 
 
 def blended(tile: Tile, factors: Sequence[float]) -> tuple[Counts, Tensor] | None:
-    """lincomb(models, factors) of a tile without a base."""
-    sides = tile.stored
-    if sides is None or len(sides) != len(factors):
+    """lincomb(models, factors) of a tile without a base; torch's few operations will do, in runs that stay in the
+    cache, so that numba need not be loaded."""
+    if tile.stored is None or len(tile.stored) != len(factors):
         return None
-    from luthier.weights.kernels import blend
-
-    merged, fine = blend(sides, np.array(factors, np.float32))
-    if not fine:
-        return None
-    return Counts(tile.name, tile.size, sides.shape[1], [], [], 0.0, None, 0, {}), as_tensor(merged)
+    models = as_tensor(tile.stored)
+    merged = torch.empty_like(models[0])
+    for part, out in zip(models.split(RUN, 1), merged.split(RUN), strict=True):
+        total = lincomb(part.float(), factors)
+        if not finite(total):
+            return None
+        out.copy_(total)
+    return Counts(tile.name, tile.size, len(merged), [], [], 0.0, None, 0, {}), merged
 
 
 def _cuts(cuts: Cuts, place: int, elements: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:

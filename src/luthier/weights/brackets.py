@@ -27,7 +27,7 @@ from luthier.weights.counting import Stretch, Walk, counted, numbers_of
 from luthier.weights.stored import Differences
 
 SAMPLE = 2**18  # numbers of each row that a sample holds at most
-LEAST = 2**15  # and at least, where a row's length is known and the sample is a sixteenth of it
+LEAST = 2**14  # and at least, where a row's length is known and the sample is of a 32nd
 KEPT = 3 * 2**22  # numbers of each row and rank that may lie in a bracket
 WIDE = 6.0  # standard deviations
 Numbers = NDArray[np.float32]
@@ -75,7 +75,7 @@ def ranked(
     ranks = list(ranks_of(total))
     if stride == 1:
         return [_in_memory(values, start, ranks) for values, start in samples], total
-    brackets = [_guess(row, rank, total, values) for row, (values, _) in enumerate(samples) for rank in ranks]
+    brackets = [bracket for row, (values, _) in enumerate(samples) for bracket in _guess(row, ranks, total, values)]
     del samples
     _compare(walk, brackets, magnitudes)
     found = [_resolved(walk, bracket, total, magnitudes) for bracket in brackets]
@@ -101,7 +101,7 @@ def _numbers(row: Tensor, magnitudes: bool) -> Numbers:
 def _sampled(walk: Walk, magnitudes: bool, expected: int) -> tuple[list[tuple[Numbers, int]], int, int]:
     """Of each row the numbers at places divisible by the stride, and the first place; the stride; numbers of a row."""
     stride, total, first, filled = 1, 0, 0, 0
-    while expected > stride * min(SAMPLE, max(LEAST, expected // 16)):
+    while expected > stride * min(SAMPLE, max(LEAST, expected // 32)):
         stride *= 2
     kept: list[Numbers] = []  # of fixed size: many small arrays would lie scattered between the tiles in memory
 
@@ -154,15 +154,23 @@ def _in_memory(values: Numbers, start: int, ranks: Sequence[int]) -> list[Place]
     return found
 
 
-def _guess(row: int, rank: int, total: int, sample: Numbers) -> Bracket:
-    share, size = (rank + 0.5) / total, len(sample)
-    margin = WIDE * math.sqrt(share * (1 - share) * size) + 4
-    below, above = math.floor(share * size - margin), math.ceil(share * size + margin)
-    wanted = [at for at in (below, above) if 0 <= at < size]
+def _guess(row: int, ranks: Sequence[int], total: int, sample: Numbers) -> list[Bracket]:
+    size, spans = len(sample), []
+    for rank in ranks:
+        share = (rank + 0.5) / total
+        margin = WIDE * math.sqrt(share * (1 - share) * size) + 4
+        spans.append((math.floor(share * size - margin), math.ceil(share * size + margin)))
+    wanted = [at for span in spans for at in span if 0 <= at < size]
     ordered = np.partition(sample, wanted) if wanted else sample
-    low = float(ordered[below]) if below >= 0 else -math.inf
-    high = float(ordered[above]) if above < size else math.inf
-    return Bracket(row, rank, low, high)
+    return [
+        Bracket(
+            row,
+            rank,
+            float(ordered[below]) if below >= 0 else -math.inf,
+            float(ordered[above]) if above < size else math.inf,
+        )
+        for rank, (below, above) in zip(ranks, spans, strict=True)
+    ]
 
 
 def _compare(walk: Walk, brackets: Sequence[Bracket], magnitudes: bool) -> None:
@@ -249,6 +257,8 @@ def _finder(
     def at(count: int) -> int:
         for here, (place, given) in zip(counts, walk(), strict=True):
             if count <= here:
+                if magnitudes and isinstance(given, Differences):
+                    return place + given.nth(bracket.row, value, count) + 1
                 values = _numbers(numbers_of(given)[bracket.row], magnitudes)
                 return place + int(np.flatnonzero(values == np.float32(value))[count - 1]) + 1
             count -= here

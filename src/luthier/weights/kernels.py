@@ -9,7 +9,7 @@ lets go of Python's lock once for the whole tile, so that all cores work.
     within      the magnitudes between two values
     balance     how many more places elect plus than minus
     combine     base + what is kept of the differences, in the stored type, and what the report counts
-    blend       the weighted sum of models
+    nth         where the n-th of the magnitudes stands that equal a value
 
 The definitions are the torch functions of `luthier.weights.algebra`, `luthier.weights.ranks` and the methods; these
 give the same to the last bit, which tests hold them to: float32 in the same order, products that torch adds in one
@@ -28,12 +28,14 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
+from llvmlite.ir import IntType
 from numba import njit
 from numba.core import types
 from numba.extending import intrinsic
 
 F = TypeVar("F", bound=Callable[..., Any])
 RUN = 1024
+_BLOCK = 64  # shorter loops are unrolled before they could be vectorised
 PLAIN, MEAN, SUM, MAX = 0, 1, 2, 3  # how `combine` brings the kept differences together
 _ZERO, _ONE, _YES, _NO, _TWO = np.float32(0), np.float32(1), np.int32(1), np.int32(0), np.int32(2)
 
@@ -60,13 +62,23 @@ def fma(context: Any, a: Any, b: Any, c: Any) -> Any:
     return types.float32(types.float32, types.float32, types.float32), emit
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def _of_bits(context: Any, bits: Any) -> Any:
+    """The float32 that has these bits."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        narrow = builder.trunc(arguments[0], IntType(32)) if arguments[0].type.width > 32 else arguments[0]
+        return builder.bitcast(narrow, context.get_value_type(types.float32))
+
+    return types.float32(bits), emit
+
+
 @_compiled()
 def _widen(stored, out):
     """stored.float() into `out`: (m,) uint16 bits of bfloat16, or float32."""
     if stored.itemsize == 2:
-        bits = out.view(np.uint32)
         for i in range(len(stored)):
-            bits[i] = np.uint32(stored[i]) << np.uint32(16)
+            out[i] = _of_bits(np.uint32(stored[i]) << np.uint32(16))
     else:
         for i in range(len(stored)):
             out[i] = stored[i]
@@ -88,9 +100,12 @@ def _narrow(values, out):
 @_compiled()
 def _subtract(stored, base, out):
     """stored.float() - base into `out`."""
-    _widen(stored, out)
-    for i in range(len(stored)):
-        out[i] -= base[i]
+    if stored.itemsize == 2:
+        for i in range(len(stored)):
+            out[i] = _of_bits(np.uint32(stored[i]) << np.uint32(16)) - base[i]
+    else:
+        for i in range(len(stored)):
+            out[i] = np.float32(stored[i]) - base[i]
 
 
 @_compiled(fastmath={"reassoc"})
@@ -208,15 +223,21 @@ def within(sides, k, low, high, count):
     """The `count` magnitudes of model k's difference between `low` and `high`, ends excluded, in order: float32."""
     found = np.empty(count + 1, np.float32)  # the last one takes what is not between
     base, values = np.empty(RUN, np.float32), np.empty(RUN, np.float32)
-    n, at = sides.shape[1], 0
+    blocks = values.reshape(-1, _BLOCK)  # most have none
+    n, at = sides.shape[1], np.uint64(0)  # an index that cannot be negative costs less
     for start in range(0, n, RUN):
         stop = min(start + RUN, n)
         _widen(sides[0, start:stop], base)
         _subtract(sides[k + 1, start:stop], base, values)
         _magnitudes(values, stop - start)
-        for i in range(stop - start):
-            found[at] = values[i]
-            at += np.int64((values[i] > low) & (values[i] < high))
+        values[stop - start :] = np.inf
+        for b in range(len(blocks)):
+            hits = _NO
+            for i in range(_BLOCK):
+                hits = np.int32(hits + (_YES if (blocks[b, i] > low) & (blocks[b, i] < high) else _NO))
+            for i in range(_BLOCK if hits else 0):
+                found[at] = blocks[b, i]
+                at += np.uint64((blocks[b, i] > low) & (blocks[b, i] < high))
     return found[:count]
 
 
@@ -375,17 +396,17 @@ def _agree(kept, sign, factors, how, m, total, divisor):
                 agreeing = kept[k, i] * sign[i]
                 total[i] = agreeing if agreeing > total[i] else total[i]
         else:
+            factor = factors[k]
             for i in range(m):
                 agreeing = kept[k, i] * sign[i]
                 total[i] += agreeing if agreeing > _ZERO else _ZERO
-        if how == MEAN:
-            for i in range(m):
-                divisor[i] += factors[k] if kept[k, i] * sign[i] > _ZERO else _ZERO
-    for i in range(m):
-        total[i] *= sign[i]
+                divisor[i] += factor if agreeing > _ZERO else _ZERO
     if how == MEAN:
         for i in range(m):
-            total[i] /= divisor[i] if divisor[i] != _ZERO else _ONE
+            total[i] = total[i] * sign[i] / (divisor[i] if divisor[i] != _ZERO else _ONE)
+    else:
+        for i in range(m):
+            total[i] *= sign[i]
 
 
 @_compiled()

@@ -95,6 +95,12 @@ class Differences:
 
         return compare(self._together, lows, highs)
 
+    def nth(self, model: int, value: float, count: int) -> int:
+        """Where the `count`-th (from 1) magnitude of a model stands that equals `value`."""
+        from luthier.weights.kernels import nth
+
+        return int(nth(together([self.sides[0], self.sides[model + 1]]), 0, np.float32(value), count))
+
     def within(self, model: int, low: np.float32, high: np.float32, count: int) -> NDArray[np.float32]:
         """The `count` magnitudes of a model between two values, in order."""
         from luthier.weights.kernels import within
