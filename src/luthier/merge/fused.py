@@ -21,12 +21,12 @@ from torch import Tensor
 
 from luthier.merge.base import Tile
 from luthier.merge.report import Counts
-from luthier.weights.algebra import finite, lincomb
+from luthier.weights.algebra import Agg, finite, lincomb
 from luthier.weights.ranks import Cut
 from luthier.weights.stored import as_tensor
 
-How = Literal["sum", "mean of agreeing", "sum of agreeing", "max of agreeing"]
-HOW: dict[How, int] = {"sum": 0, "mean of agreeing": 1, "sum of agreeing": 2, "max of agreeing": 3}
+How = Literal["add"] | Agg
+HOW: dict[How, int] = {"add": 0, "mean": 1, "sum": 2, "max": 3}  # as `kernels.combine` numbers them
 Cuts = Sequence[tuple[Cut, Cut]]
 RUN = 2**16  # elements that torch adds up at a time
 
@@ -45,9 +45,9 @@ def combined(
 
     Args:
         cuts: of each model; what is above the second and not above the first is kept of its differences.
-        how: `sum` is lincomb(kept, factors); the others are those of `agree` with the elected sign.
+        how: `add` is lincomb(kept, factors); the others are those of `agree` with the elected sign.
         weights: what is kept is multiplied by them; None is 1 each.
-        factors: of the models in the sum; for `mean of agreeing` in the divisor.
+        factors: of the models in the sum; for `mean` in the divisor.
         tie: the sign that is elected where a sum is exactly 0.
     """
     sides = tile.stored

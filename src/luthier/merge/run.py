@@ -27,12 +27,12 @@ from luthier.findings import Finding
 from luthier.merge.base import Data, Merge, Merged, Score, Tile, WholeModelMerge
 from luthier.merge.lineup import Lineup, Step
 from luthier.merge.report import Counter, Counts, counted, draw
-from luthier.merge.sources import Source, open_source
+from luthier.merge.sources import Source, StoredSource, open_source
 from luthier.merge.vocabulary import same_vocabulary
 from luthier.methods import build
 from luthier.models.allocator import keep_freed_memory
 from luthier.models.files import write_aside
-from luthier.weights.ahead import ahead
+from luthier.weights.ahead import ahead, beside
 from luthier.weights.algebra import finite
 from luthier.weights.depth import DepthOf, depth_of_names
 from luthier.weights.writer import SHARD_BYTES, copy_others, refuse_filled, write_weights
@@ -169,8 +169,10 @@ def write_step(
         report = _report(step, counter, began, about)
     else:
         check_room(Path(out), lineup)
-        with write_aside(Path(out)) as aside:
+        stored = [source for source in (lineup.base, *lineup.models) if isinstance(source, StoredSource)]
+        with write_aside(Path(out)) as aside, beside(lambda: [source.digest() for source in stored]) as hashed:
             write_merged(step, aside, look, shard_bytes=shard_bytes)
+            hashed.result()
             report = _report(step, counter, began, about)
             draw(report["tensors"], aside / "merge.svg")
             (aside / "merge.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -106,7 +106,9 @@ class Ties(Merge):
         how = f"{self.agg} of agreeing"
         weights = None if self.weights is None else weights_at(self.weights, tile, tile.count)
         cuts = [(NOTHING, cut) for cut in found.cuts]
-        return combined(tile, cuts, how, weights=weights, factors=weights, tie=found.majority, scale=tile.at(self.scale))
+        return combined(
+            tile, cuts, how, weights=weights, factors=weights, tie=found.majority, scale=tile.at(self.scale)
+        )
 
     def _balance(self, tile: Tile, cuts: Sequence[Cut]) -> int:
         weights = None if self.weights is None else weights_at(self.weights, tile, tile.count)

@@ -43,6 +43,13 @@ def ahead(items: Iterable[T], work: Callable[[T], R]) -> Iterator[R]:
                 future.cancel()
 
 
+@contextmanager
+def beside(work: Callable[[], R]) -> Iterator[Future[R]]:
+    """While open, `work` runs on a thread of its own; ends when it is done."""
+    with ThreadPoolExecutor(1, "beside", initializer=_begin) as pool:
+        yield pool.submit(work)
+
+
 def _begin() -> None:
     _worker.busy = True
 

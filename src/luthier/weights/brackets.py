@@ -186,7 +186,10 @@ def _compare(walk: Walk, brackets: Sequence[Bracket], magnitudes: bool) -> None:
         place, given = item
         if magnitudes and isinstance(given, Differences):
             counts = given.compared(lows, highs)
-            return place, [_of_counts(given, bracket, row) for bracket, row in zip(brackets, counts.reshape(-1, 4).tolist(), strict=True)]
+            return place, [
+                _of_counts(given, bracket, row)
+                for bracket, row in zip(brackets, counts.reshape(-1, 4).tolist(), strict=True)
+            ]
         rows = numbers_of(given)
         numbers = {row: _numbers(rows[row], magnitudes) for row in {bracket.row for bracket in brackets}}
         found = []

@@ -11,11 +11,10 @@ lets go of Python's lock once for the whole tile, so that all cores work.
     combine     base + what is kept of the differences, in the stored type, and what the report counts
     nth         where the n-th of the magnitudes stands that equal a value
 
-The definitions are the torch functions of `luthier.weights.algebra`, `luthier.weights.ranks` and the methods; these
-give the same to the last bit, which tests hold them to: float32 in the same order, products that torch adds in one
-rounding added so (`fma`), the sign of a sum from float64. Only the squared norms of the report may be summed in
-another order. All arithmetic is on finite numbers: a pass whose outcome or norms are not finite says so, and the caller
-takes the general path, which finds and names the culprit.
+The definitions are the torch functions of `algebra`, `ranks` and the methods; these give the same to the last bit:
+float32 in the same order, products that torch adds in one rounding added so (`fma`), the sign of a sum from float64.
+Only the squared norms of the report are summed in another order. `combine` says whether its outcome and norms are
+finite; where they are not, the caller takes the general path, which finds and names the culprit.
 
 Numba compiles each pass when it is first called, and keeps the code in its cache (beside this file, or in the user's
 cache folder); where neither can be written, every process compiles anew. All passes stand in one file, because the
@@ -36,7 +35,7 @@ from numba.extending import intrinsic
 F = TypeVar("F", bound=Callable[..., Any])
 RUN = 1024
 _BLOCK = 64  # shorter loops are unrolled before they could be vectorised
-PLAIN, MEAN, SUM, MAX = 0, 1, 2, 3  # how `combine` brings the kept differences together
+ADD, MEAN, SUM, MAX = 0, 1, 2, 3  # how `combine` brings the kept differences together
 _ZERO, _ONE, _YES, _NO, _TWO = np.float32(0), np.float32(1), np.int32(1), np.int32(0), np.int32(2)
 
 
@@ -78,7 +77,7 @@ def _widen(stored, out):
     """stored.float() into `out`: (m,) uint16 bits of bfloat16, or float32."""
     if stored.itemsize == 2:
         for i in range(len(stored)):
-            out[i] = _of_bits(np.uint32(stored[i]) << np.uint32(16))
+            out[i] = _of_bits(np.uint32(stored[i]) << np.uint32(16))  # type: ignore[call-arg]
     else:
         for i in range(len(stored)):
             out[i] = stored[i]
@@ -102,7 +101,7 @@ def _subtract(stored, base, out):
     """stored.float() - base into `out`."""
     if stored.itemsize == 2:
         for i in range(len(stored)):
-            out[i] = _of_bits(np.uint32(stored[i]) << np.uint32(16)) - base[i]
+            out[i] = _of_bits(np.uint32(stored[i]) << np.uint32(16)) - base[i]  # type: ignore[call-arg]
     else:
         for i in range(len(stored)):
             out[i] = np.float32(stored[i]) - base[i]
@@ -185,12 +184,6 @@ def _counts(values, low, high, m):
 
 
 @_compiled()
-def _magnitudes(values, m):
-    for i in range(m):
-        values[i] = abs(values[i])
-
-
-@_compiled()
 def compare(sides, lows, highs):
     """Of each model and bracket: how many magnitudes of its difference are above and not below `low`, above and not
     below `high`.
@@ -210,7 +203,8 @@ def compare(sides, lows, highs):
         _widen(sides[0, start:stop], base)
         for k in range(models):
             _subtract(sides[k + 1, start:stop], base, values)
-            _magnitudes(values, stop - start)
+            for i in range(stop - start):
+                values[i] = abs(values[i])
             for r in range(brackets):
                 counts = _counts(values, lows[k, r], highs[k, r], stop - start)
                 for c in range(4):
@@ -229,7 +223,8 @@ def within(sides, k, low, high, count):
         stop = min(start + RUN, n)
         _widen(sides[0, start:stop], base)
         _subtract(sides[k + 1, start:stop], base, values)
-        _magnitudes(values, stop - start)
+        for i in range(stop - start):
+            values[i] = abs(values[i])
         values[stop - start :] = np.inf
         for b in range(len(blocks)):
             hits = _NO
@@ -275,16 +270,8 @@ def balance(sides, values, places, weights):
             _subtract(sides[k + 1, start:stop], base, delta)
             _trim(delta, start, stop - start, k, values, places, weights, kept)
         _add_up(kept, stop - start, sums)
-        more += _lead(sums, stop - start)
-    return more
-
-
-@_compiled()
-def _lead(sums, m):
-    """How many more of m float64 are above 0 than below."""
-    more = 0
-    for i in range(m):
-        more += (1 if sums[i] > 0 else 0) - (1 if sums[i] < 0 else 0)
+        for i in range(stop - start):
+            more += (1 if sums[i] > 0 else 0) - (1 if sums[i] < 0 else 0)
     return more
 
 
@@ -294,11 +281,11 @@ def combine(sides, values, places, weights, factors, how, tie, scale):
 
     Args:
         sides: (K + 1, n) uint16 (bfloat16) or float32, the base first.
-        values, places: (K, 2) float32 and int64: what `_Cut.keep` needs of two cuts of each model, places counted from
-            the tile's first element: what is above the second is kept, but for what is above the first.
+        values, places: (K, 2) float32 and int64: two cuts of each model, places counted from the tile's first element:
+            what is above the second is kept, but for what is above the first.
         weights: (K,) float32: what is kept is multiplied by them.
-        factors: (K,) float32: for PLAIN those of `lincomb`, for MEAN what models that agree add to the divisor.
-        how: PLAIN is lincomb(kept, factors); MEAN, SUM and MAX are those of `agree`, with the sign of the sum.
+        factors: (K,) float32: for ADD those of `lincomb`, for MEAN what models that agree add to the divisor.
+        how: ADD is lincomb(kept, factors); MEAN, SUM and MAX are those of `agree`, with the sign of the sum.
         tie: the sign where the sum is exactly 0.
 
     Returns (n,) of the type of `sides`; (K + 3,) int64: of each model how many differences were kept, then the places
@@ -323,7 +310,7 @@ def combine(sides, values, places, weights, factors, how, tie, scale):
             _trim(delta, start, m, k, values, places, weights, kept)
             counts[k] += _speak(kept, k, m, spoken, signs)
         _share(spoken, signs, m, counts[models:])
-        if how == PLAIN:
+        if how == ADD:
             _lincomb(kept, factors, m, total)
         else:
             _add_up(kept, m, sums)
@@ -374,7 +361,7 @@ def _lincomb(kept, factors, m, total):
         total[i] = kept[0, i] * factors[0]
     for k in range(1, len(factors)):
         for i in range(m):
-            total[i] = fma(kept[k, i], factors[k], total[i])
+            total[i] = fma(kept[k, i], factors[k], total[i])  # type: ignore[call-arg]
 
 
 @_compiled()

@@ -59,7 +59,11 @@ def together(sides: Sequence[Stored]) -> NDArray[Any]:
 
 def as_tensor(values: NDArray[Any]) -> Tensor:
     """What `together` made into an array as a tensor again: bfloat16 or float32."""
-    return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16) if values.itemsize == 2 else torch.from_numpy(values)
+    return (
+        torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
+        if values.itemsize == 2
+        else torch.from_numpy(values)
+    )
 
 
 class Differences:
