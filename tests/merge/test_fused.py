@@ -103,7 +103,7 @@ def test_electing_pass_gives_the_bits_of_the_definition(dtype, count, agg, weigh
         for tie, scale in ((-1, 1.0), (0, 0.37), (1, 1.3)):
             change = agree(trimmed, elect(trimmed, tie=tie), weights, agg) * scale
             merged = contract.Merged(moved(tile.base, change), trimmed)
-            found = combined(tile, pairs, f"{agg} of agreeing", weights=weights, factors=weights, tie=tie, scale=scale)
+            found = combined(tile, pairs, agg, weights=weights, factors=weights, tie=tie, scale=scale)
             check(tile, merged, found, dtype)
 
 
@@ -121,7 +121,7 @@ def test_adding_pass_gives_the_bits_of_the_definition(dtype, count, tmp_path):
         kept = crumbs(tile.deltas, pairs, tile.place)
         for factors, scale in (([1.0] * count, 0.3), ([0.4 * n - 0.5 for n in range(count)], 1.0)):
             merged = contract.Merged(moved(tile.base, lincomb(kept, factors) * scale), kept)
-            check(tile, merged, combined(tile, pairs, "sum", factors=factors, scale=scale), dtype)
+            check(tile, merged, combined(tile, pairs, "add", factors=factors, scale=scale), dtype)
 
 
 @TYPES
@@ -141,7 +141,7 @@ def test_models_of_another_type_than_the_base(dtype, tmp_path):
     tile = tile_of(sources)
     assert str(together(tile._stored).dtype) == "float32"
     merged = contract.Merged(moved(tile.base, lincomb(tile.deltas, [0.4] * 3)), tile.deltas)
-    check(tile, merged, combined(tile, [(NOTHING, ALL)] * 3, "sum", factors=[0.4] * 3), dtype)
+    check(tile, merged, combined(tile, [(NOTHING, ALL)] * 3, "add", factors=[0.4] * 3), dtype)
 
 
 @TYPES
@@ -190,7 +190,7 @@ def test_files_merge_as_tensors_in_memory_do(settings, dtype, models, tmp_path):
         save_file(state, folders[-1] / "model.safetensors")
     with_base = settings["method"] != "linear"
     plain = lt.merge(settings, models=several, base=base if with_base else None)
-    fused = lt.merge(settings, models=folders[1:], base=folders[0] if with_base else None, out=tmp_path / "out")
+    lt.merge(settings, models=folders[1:], base=folders[0] if with_base else None, out=tmp_path / "out")
     written = Weights.open(tmp_path / "out")
     assert set(written) == set(plain.tensors)
     for name, tensor in plain.tensors.items():

@@ -82,10 +82,7 @@ class Rows:
     """
 
     def __init__(
-        self,
-        values: Callable[[], Tensor],
-        change: Callable[[], Tensor] | None = None,
-        stored: Stored | None = None,
+        self, values: Callable[[], Tensor], change: Callable[[], Tensor] | None = None, stored: Stored | None = None
     ):
         self._values, self._change, self.stored = values, change, stored
 
@@ -168,7 +165,7 @@ class Tile:
 
     @property
     def differences(self) -> Callable[[], Tensor]:
-        """What computes `deltas`; of rows of files, what ranks can be found among without computing them."""
+        """What computes `deltas`; of rows of files, ranks are found among them without that."""
         sides = self._stored
         return Differences(sides, lambda: self.deltas) if sides and self._base else lambda: self.deltas
 
@@ -180,8 +177,7 @@ class Tile:
 
     @once
     def stored(self) -> NDArray[Any] | None:
-        """(S, n): the rows of the base, if there is one, and of each model for a compiled pass (`weights.kernels`);
-        None if they are not rows of files."""
+        """(S, n), rows of the base, if there is one, and of each model, for a compiled pass; None if not of files."""
         return together(self._stored) if self._stored else None
 
     def sides(self) -> list[Tensor]:
@@ -329,9 +325,8 @@ class Merge(Method):
         raise NotImplementedError
 
     def fused(self, tile: Tile, found: Any) -> tuple[Counts, Tensor] | None:
-        """What `combine` gives, to the last bit, in one compiled pass over the rows of files (see `merge.fused`):
-        what the report counts, and (n,) bfloat16 or float32. None where there is no such pass for these rows or
-        settings, or it has met numbers that are not finite: then the tile is combined and looked into."""
+        """What `combine` gives, to the last bit, in one compiled pass over rows of files (see `merge.fused`): what the
+        report counts, and (n,) bfloat16 or float32. None where there is no such pass, or numbers are not finite."""
         return None
 
     def other_files(self, lineup: Lineup) -> list[Path]:

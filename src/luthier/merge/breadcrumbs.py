@@ -109,7 +109,7 @@ class Breadcrumbs(Merge):
 
     def fused(self, tile: Tile, found: Found | None) -> tuple[Counts, Tensor] | None:
         """None for scope: row, which sorts."""
-        how: How = "sum of agreeing" if self.sign_consensus else "sum"
+        how: How = "sum" if self.sign_consensus else "add"
         return None if found is None else combined(tile, found, how, tie=1, scale=tile.at(self.scale))
 
 

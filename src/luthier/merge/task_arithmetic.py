@@ -45,7 +45,7 @@ class TaskArithmetic(Merge):
 
     def fused(self, tile: Tile, found: Any) -> tuple[Counts, Tensor] | None:
         factors = [tile.at(self.scale) * weight for weight in weights_at(self.weights, tile, tile.count)]
-        return combined(tile, [(NOTHING, ALL)] * tile.count, "sum", factors=factors)
+        return combined(tile, [(NOTHING, ALL)] * tile.count, "add", factors=factors)
 
 
 def task_arithmetic(deltas: Tensor, weights: Sequence[float], scale: float) -> Tensor:

@@ -91,8 +91,8 @@ class Ties(Merge):
         elif kept == tiles.elements:
             cuts = [ALL] * next(iter(tiles())).count
         else:
-            found = top_cuts(tiles.differences, [max(1, kept)], magnitudes=True, expected=tiles.elements)
-            cuts = [row[0] for row in found]
+            above = top_cuts(tiles.differences, [max(1, kept)], magnitudes=True, expected=tiles.elements)
+            cuts = [row[0] for row in above]
         total = sum(tiles.each(lambda tile: self._balance(tile, cuts)))
         return Found(cuts, int(total > 0) - int(total < 0))
 
@@ -103,11 +103,10 @@ class Ties(Merge):
         return Merged(moved(tile.base, change), trimmed)
 
     def fused(self, tile: Tile, found: Found) -> tuple[Counts, Tensor] | None:
-        how = f"{self.agg} of agreeing"
         weights = None if self.weights is None else weights_at(self.weights, tile, tile.count)
         cuts = [(NOTHING, cut) for cut in found.cuts]
         return combined(
-            tile, cuts, how, weights=weights, factors=weights, tie=found.majority, scale=tile.at(self.scale)
+            tile, cuts, self.agg, weights=weights, factors=weights, tie=found.majority, scale=tile.at(self.scale)
         )
 
     def _balance(self, tile: Tile, cuts: Sequence[Cut]) -> int:

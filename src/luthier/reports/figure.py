@@ -14,6 +14,7 @@ from pathlib import Path
 WIDTH, HEIGHT = 600, 260
 LEFT, RIGHT, TOP, BOTTOM = 60, 585, 15, 210
 INK = "#333"
+LOOK = f'aria-labelledby="title said" font-family="sans-serif" font-size="12" fill="{INK}"'
 
 
 def line_chart(
@@ -39,8 +40,7 @@ def line_chart(
     said = "; ".join(f"{label}: {_said(points)}" for label, (points, _) in series.items())
     parts = [
         '<?xml version="1.0" encoding="UTF-8"?>',
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-labelledby="title said" font-family="sans-serif" font-size="12" fill="{INK}">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" {LOOK}>',
         f'<title id="title">{escape(title)}</title><desc id="said">{escape(said)}</desc>',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>',
         f'<path d="M{LEFT} {TOP}V{BOTTOM}H{RIGHT}" fill="none" stroke="{INK}"/>',

@@ -27,7 +27,6 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
-from llvmlite.ir import IntType
 from numba import njit
 from numba.core import types
 from numba.extending import intrinsic
@@ -63,13 +62,12 @@ def fma(context: Any, a: Any, b: Any, c: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def _of_bits(context: Any, bits: Any) -> Any:
-    """The float32 that has these bits."""
+    """The float32 that has these 32 bits."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        narrow = builder.trunc(arguments[0], IntType(32)) if arguments[0].type.width > 32 else arguments[0]
-        return builder.bitcast(narrow, context.get_value_type(types.float32))
+        return builder.bitcast(arguments[0], context.get_value_type(types.float32))
 
-    return types.float32(bits), emit
+    return types.float32(types.uint32), emit
 
 
 @_compiled()
@@ -323,13 +321,12 @@ def combine(sides, values, places, weights, factors, how, tie, scale):
 
 @_compiled()
 def _speak(kept, k, m, spoken, signs):
-    """How many of model k's m kept differences are not 0. Adds 1 at each of them to `spoken`, from 0 on for the first
-    model; `signs` has bit 1 where one is above 0, bit 2 where one is below."""
+    """How many of model k's m kept differences are not 0. Adds 1 at each of them to `spoken`; `signs` has bit 1 where
+    one is above 0, bit 2 where one is below. The first model begins both anew."""
     count = _NO
-    if k == 0:
-        for i in range(m):
-            spoken[i] = _NO
-            signs[i] = _NO
+    for i in range(m if k == 0 else 0):
+        spoken[i] = _NO
+        signs[i] = _NO
     for i in range(m):
         here = _YES if kept[k, i] != _ZERO else _NO
         spoken[i] = np.int32(spoken[i] + here)
@@ -343,7 +340,7 @@ def _speak(kept, k, m, spoken, signs):
 
 @_compiled()
 def _share(spoken, signs, m, counts):
-    """Add to `counts` the places with one and more, with two and more, and with both signs."""
+    """Add to `counts` the places with one and more, two and more, and both signs."""
     some, several, conflicts = _NO, _NO, _NO
     for i in range(m):
         some = np.int32(some + (_YES if spoken[i] > 0 else _NO))
