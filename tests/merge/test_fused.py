@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -234,3 +236,9 @@ def test_a_place_that_cannot_be_written_only_costs_the_cache(monkeypatch):
     monkeypatch.setattr(kernels, "njit", refuses)
     assert kernels._compiled()(len) is len
     assert calls == [True, False]
+
+
+def test_neither_numba_nor_torch_is_loaded_before_a_merge_needs_it():
+    code = "import sys, luthier.merge, luthier.cli\nassert not {'torch', 'numba'} & set(sys.modules)\n"
+    code += "import luthier.merge.run, luthier.merge.ties, luthier.merge.linear\nassert 'numba' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -110,8 +110,8 @@ class Weights(Mapping[str, Tensor]):
     def every(self, name: str, start: int, stop: int, step: int) -> Tensor:
         """Each `step`-th of the elements `start` to `stop`, (n,), copied out of the file; the others are not read."""
         info = self.infos[name]
-        size = info.dtype.itemsize
-        stored = np.frombuffer(self._map(name), f"i{size}", max(stop - start, 0), self._places[name] + start * size)
+        size, start = info.dtype.itemsize, min(start, stop)
+        stored = np.frombuffer(self._map(name), f"i{size}", stop - start, self._places[name] + start * size)
         found = torch.from_numpy(stored[::step].copy()).view(info.dtype)
         self.release(name, start * size, stop * size)
         return found
