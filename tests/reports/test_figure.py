@@ -26,7 +26,7 @@ def test_points_lie_where_their_figures_say(tmp_path):
     assert {"0", "1", "2", "0.05", "0.2", "block", "share & more", "kept", "a<b"} <= set(texts)
 
 
-@pytest.mark.parametrize("points", [{3: 0.0}, {0: 1e-9, 1: 2e-9}, {n: 1.0 for n in range(500)}])
+@pytest.mark.parametrize("points", [{3: 0.0}, {0: 1e-9, 1: 2e-9}, dict.fromkeys(range(500), 1.0)])
 def test_few_many_and_tiny_figures(points, tmp_path):
     for name in ("a", "b"):
         root = chart(tmp_path / f"{name}.svg", {"kept": (points, "#123")})
