@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -152,10 +152,6 @@ def write_step(
     lineup, method = step.lineup, step.method
     counter = Counter([model.label for model in lineup.models], depth_of_names(lineup.names))
     total, done = lineup.bytes * (method.passes + 1), 0
-    if method.reach == "model":
-        _ = step.found
-        done = lineup.bytes * method.passes
-        say(done, total)
 
     def look(counts: Counts) -> None:
         nonlocal done
@@ -164,18 +160,24 @@ def write_step(
         say(min(done, total), total)
 
     tensors: dict[str, Tensor] = {}
-    if out is None:
-        tensors = merged_tensors(step, look)
-        report = _report(step, counter, began, about)
-    else:
-        check_room(Path(out), lineup)
-        stored = [source for source in (lineup.base, *lineup.models) if isinstance(source, StoredSource)]
-        with write_aside(Path(out)) as aside, beside(lambda: [source.digest() for source in stored]) as hashed:
-            write_merged(step, aside, look, shard_bytes=shard_bytes)
+    stored = [source for source in (lineup.base, *lineup.models) if isinstance(source, StoredSource)]
+    with beside(chain.from_iterable(source.hashing() for source in stored)) as hashed:
+        if method.reach == "model":
+            _ = step.found
+            done = lineup.bytes * method.passes
+            say(done, total)
+        if out is None:
+            tensors = merged_tensors(step, look)
             hashed.result()
             report = _report(step, counter, began, about)
-            draw(report["tensors"], aside / "merge.svg")
-            (aside / "merge.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        else:
+            check_room(Path(out), lineup)
+            with write_aside(Path(out)) as aside:
+                write_merged(step, aside, look, shard_bytes=shard_bytes)
+                hashed.result()
+                report = _report(step, counter, began, about)
+                draw(report["tensors"], aside / "merge.svg")
+                (aside / "merge.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     say(total, total)
     return MergeResult(Path(out) if out is not None else None, tensors, report, _findings(step, counter))
 

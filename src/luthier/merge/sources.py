@@ -26,7 +26,6 @@ from luthier.merge.base import Rows
 from luthier.models.checkpoint import read_json
 from luthier.weights import Delta, Weights, content_hash
 from luthier.weights.adapter import LowRankDelta, factors_of
-from luthier.weights.ahead import ahead
 from luthier.weights.algebra import finite
 from luthier.weights.hashing import TensorHash, combined, tensor_hash
 from luthier.weights.info import Info, infos_of
@@ -34,7 +33,7 @@ from luthier.weights.stored import Stored
 
 TILE = 2**18  # elements of a tile, so that the tiles of a few models fit a cache; a longer row is a tile of its own
 
-PIECE = 2**19  # elements that are hashed at a time
+PIECE = 2**20  # elements that are hashed at a time: many, for each takes a turn at Python's lock
 
 
 class Source(Protocol):
@@ -140,9 +139,19 @@ class StoredSource:
         return Rows(lambda: part.to("cpu", torch.float32))
 
     def digest(self) -> str:
-        if self._digest is None:  # a pass over all weights, and asked for again by each merge on trial
-            self._digest = combined(dict(ahead(self.tensors, lambda name: (name, self._hash(name)))))
-        return self._digest
+        for _ in self.hashing():
+            pass
+        return self._digest or ""
+
+    def hashing(self) -> Iterator[None]:
+        """Find the digest tensor by tensor, for who may want to stop in between; once, since it is a pass over all
+        weights and asked for again by each merge on trial."""
+        if self._digest is None:
+            hashes = {}
+            for name in self.tensors:
+                hashes[name] = self._hash(name)
+                yield
+            self._digest = combined(hashes)
 
     def _hash(self, name: str) -> str:
         if not isinstance(self.tensors, Weights):

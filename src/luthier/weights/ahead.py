@@ -44,10 +44,20 @@ def ahead(items: Iterable[T], work: Callable[[T], R]) -> Iterator[R]:
 
 
 @contextmanager
-def beside(work: Callable[[], R]) -> Iterator[Future[R]]:
-    """While open, `work` runs on a thread of its own; ends when it is done."""
+def beside(steps: Iterable[object]) -> Iterator[Future[None]]:
+    """While open, `steps` are gone through on a thread of their own; the future ends with the last one."""
+    closed = threading.Event()
+
+    def run() -> None:
+        for _ in steps:
+            if closed.is_set():
+                return
+
     with ThreadPoolExecutor(1, "beside", initializer=_begin) as pool:
-        yield pool.submit(work)
+        try:
+            yield pool.submit(run)
+        finally:
+            closed.set()
 
 
 def _begin() -> None:

@@ -13,12 +13,12 @@ lets go of Python's lock once for the whole tile, so that all cores work.
 
 The definitions are the torch functions of `algebra`, `ranks` and the methods; these give the same to the last bit:
 float32 in the same order, products that torch adds in one rounding added so (`fma`), the sign of a sum from float64.
-Only the squared norms of the report are summed in another order. `combine` says whether its outcome and norms are
-finite; where they are not, the caller takes the general path, which finds and names the culprit.
+Only the squared norms of the report are summed in another order. Where `combine` says that its outcome or norms are not
+finite, the caller takes the general path, which names the culprit.
 
 Numba compiles each pass when it is first called, and keeps the code in its cache (beside this file, or in the user's
-cache folder); where neither can be written, every process compiles anew. All passes stand in one file, because the
-cache does not notice changes of another. Loops are short and use few arrays of one width: so LLVM vectorises them.
+cache folder); where neither can be written, every process compiles anew. The cache does not notice changes of another
+file, so all passes stand in this one. Loops are short and use few arrays of one width: so LLVM vectorises them.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from numba import njit
 from numba.core import types
 from numba.extending import intrinsic
 
-F = TypeVar("F", bound=Callable[..., Any])
+F = TypeVar("F")
 RUN = 1024
 _BLOCK = 64  # shorter loops are unrolled before they could be vectorised
-ADD, MEAN, SUM, MAX = 0, 1, 2, 3  # how `combine` brings the kept differences together
+ADD, MEAN, SUM, MAX = 0, 1, 2, 3  # how `combine` brings together what is kept
 _ZERO, _ONE, _YES, _NO, _TWO = np.float32(0), np.float32(1), np.int32(1), np.int32(0), np.int32(2)
 
 
@@ -57,7 +57,7 @@ def fma(context: Any, a: Any, b: Any, c: Any) -> Any:
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.fma(*arguments)
 
-    return types.float32(types.float32, types.float32, types.float32), emit
+    return types.float32(*[types.float32] * 3), emit
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -346,9 +346,7 @@ def _share(spoken, signs, m, counts):
         some = np.int32(some + (_YES if spoken[i] > 0 else _NO))
         several = np.int32(several + (_YES if spoken[i] > 1 else _NO))
         conflicts = np.int32(conflicts + (_YES if signs[i] == 3 else _NO))
-    counts[0] += some
-    counts[1] += several
-    counts[2] += conflicts
+    counts[:] += np.array((some, several, conflicts))
 
 
 @_compiled()
