@@ -227,6 +227,8 @@ class Pieces:
                 self.look(counts)
                 yield piece
                 left -= counts.elements
+        if not self._left:  # the stream ends here, and its threads, not when it is collected as garbage
+            next(self._coming, None)
 
     def _begin(self, name: str) -> None:
         """Start on the tensors from this one on, as many as can be worked on in one stream."""
