@@ -135,7 +135,7 @@ import sys, threading, time
 from pathlib import Path
 import torch
 import luthier as lt
-import luthier.merge.run, luthier.merge.ties, matplotlib.figure, matplotlib.backends.backend_svg
+import luthier.merge.run, luthier.merge.ties, luthier.weights.kernels
 from luthier.weights import write_weights
 from luthier.weights.info import Info
 

@@ -160,3 +160,12 @@ def test_a_folder_of_pickles_and_an_empty_one(tmp_path):
     torch.save({}, tmp_path / "pytorch_model.bin")
     with pytest.raises(InputError, match=r"only pytorch_model\.bin"):
         Weights.open(tmp_path)
+
+
+def test_every_nth_element_is_that_of_the_tensor(tmp_path):
+    state = {"a": torch.arange(7, dtype=torch.uint8), "w": torch.randn(11, 13).to(torch.bfloat16)}
+    save_file(state, tmp_path / "model.safetensors")
+    weights = Weights.open(tmp_path)
+    for start, stop, step in ((0, 143, 1), (5, 100, 7), (140, 143, 64), (143, 143, 2), (150, 143, 2)):
+        wanted = state["w"].reshape(-1)[start:stop][::step]
+        assert torch.equal(weights.every("w", start, stop, step), wanted)

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from luthier.findings import Finding
@@ -38,9 +39,11 @@ from luthier.merge.knobs import Knob, value_of
 from luthier.methods import Method
 from luthier.weights.ahead import ahead
 from luthier.weights.depth import Depth, DepthOf
+from luthier.weights.stored import Differences, Stored, together
 
 if TYPE_CHECKING:
     from luthier.merge.lineup import Lineup
+    from luthier.merge.report import Counts
     from luthier.merge.sources import Source
 
 T = TypeVar("T")
@@ -57,24 +60,31 @@ class once:
     be computed twice, to the same value.
     """
 
-    def __init__(self, compute: Callable[[Any], Tensor]):
+    def __init__(self, compute: Callable[[Any], Any]):
         self._compute, self.__doc__ = compute, compute.__doc__
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
-    def __get__(self, owner: Any, kind: type | None = None) -> Tensor:
+    def __get__(self, owner: Any, kind: type | None = None) -> Any:
         if owner is None:
-            return self  # type: ignore[return-value]
+            return self
         value = owner.__dict__[self._name] = self._compute(owner)
         return value
 
 
 class Rows:
-    """The same rows of one tensor in one model: `values` (rows, columns) float32, and their `delta` to the base."""
+    """The same rows of one tensor in one model: `values` (rows, columns) float32, and their `delta` to the base.
 
-    def __init__(self, values: Callable[[], Tensor], change: Callable[[], Tensor] | None = None):
-        self._values, self._change = values, change
+    Args:
+        change: the difference to the base, where it is known by itself.
+        stored: where the rows lie as they are, if they do.
+    """
+
+    def __init__(
+        self, values: Callable[[], Tensor], change: Callable[[], Tensor] | None = None, stored: Stored | None = None
+    ):
+        self._values, self._change, self.stored = values, change, stored
 
     @once
     def values(self) -> Tensor:
@@ -153,6 +163,23 @@ class Tile:
             rows.delta(self.base, out)
         return found
 
+    @property
+    def differences(self) -> Callable[[], Tensor]:
+        """What computes `deltas`; of rows of files, ranks are found among them without that."""
+        sides = self._stored
+        return Differences(sides, lambda: self.deltas) if sides and self._base else lambda: self.deltas
+
+    @property
+    def _stored(self) -> list[Stored]:
+        """The rows of all sides as they lie in files; none unless all do."""
+        sides = [rows.stored for rows in (self._base, *self._models) if rows is not None]
+        return [] if None in sides else sides  # type: ignore[return-value]
+
+    @once
+    def stored(self) -> NDArray[Any] | None:
+        """(S, n), rows of the base, if there is one, and of each model, for a compiled pass; None if not of files."""
+        return together(self._stored) if self._stored else None
+
     def sides(self) -> list[Tensor]:
         """The rows of the base, if there is one, and of each model."""
         return [rows.values for rows in (self._base, *self._models) if rows is not None]
@@ -186,6 +213,11 @@ class Tiles:
         """What `luthier.weights.ranks` walks over: each tile's place, and `of(tile)`, computed when it is wanted."""
         for tile in self():
             yield tile.place, partial(of, tile) if self.concurrent else of(tile)
+
+    def differences(self) -> Iterator[tuple[int, Tensor | Callable[[], Tensor]]]:
+        """The same of the models' differences to the base, which are not computed where a compiled pass will do."""
+        for tile in self():
+            yield tile.place, tile.differences if self.concurrent else tile.deltas
 
 
 @dataclass(frozen=True)
@@ -291,6 +323,11 @@ class Merge(Method):
     def combine(self, tile: Tile, found: Any) -> Merged:
         """The merged rows, from a tile and what the survey found. Must not change the tile's tensors."""
         raise NotImplementedError
+
+    def fused(self, tile: Tile, found: Any) -> tuple[Counts, Tensor] | None:
+        """What `combine` gives, to the last bit, in one compiled pass over rows of files (see `merge.fused`): what the
+        report counts, and (n,) bfloat16 or float32. None where there is no such pass, or numbers are not finite."""
+        return None
 
     def other_files(self, lineup: Lineup) -> list[Path]:
         """Folders whose config, tokenizer and other files go with the outcome; a later one's replace an earlier's."""

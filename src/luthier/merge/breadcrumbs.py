@@ -33,9 +33,11 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from luthier.merge.base import Merge, Merged, Reach, Tile, Tiles
+from luthier.merge.fused import How, combined
 from luthier.merge.knobs import knob
-from luthier.weights.algebra import agree, elect, moved
-from luthier.weights.ranks import EVERY, Cut, top_cuts
+from luthier.merge.report import Counts
+from luthier.weights.algebra import agree, elect, lincomb, moved
+from luthier.weights.ranks import ALL, NOTHING, Cut, top_cuts
 
 Found = Sequence[tuple[Cut, Cut]]  # per model: above the first are the outliers, above the second they and the kept
 
@@ -88,10 +90,10 @@ class Breadcrumbs(Merge):
         first = next(iter(tiles()))
         start, stop = window(first.size, self.density, self.drop_top, self.order)
         if start == stop:
-            return [(Cut(float("inf"), 0), Cut(float("inf"), 0))] * first.count
+            return [(NOTHING, NOTHING)] * first.count
         if stop - start == first.size:
-            return [(Cut(float("inf"), 0), Cut(float("-inf"), EVERY))] * first.count
-        cuts = top_cuts(lambda: tiles.numbers(lambda tile: tile.deltas), [start, stop], magnitudes=True)
+            return [(NOTHING, ALL)] * first.count
+        cuts = top_cuts(tiles.differences, [start, stop], magnitudes=True, expected=tiles.elements)
         return [(above, within) for above, within in cuts]
 
     def combine(self, tile: Tile, found: Found | None) -> Merged:
@@ -102,8 +104,13 @@ class Breadcrumbs(Merge):
             kept = crumbs_of_rows(tile.deltas, start, stop)
         else:
             kept = tile.deltas
-        total = agree(kept, elect(kept, tie=1), agg="sum") if self.sign_consensus else kept.sum(0)
+        total = agree(kept, elect(kept, tie=1), agg="sum") if self.sign_consensus else lincomb(kept, [1.0] * len(kept))
         return Merged(moved(tile.base, total * tile.at(self.scale)), kept)
+
+    def fused(self, tile: Tile, found: Found | None) -> tuple[Counts, Tensor] | None:
+        """None for scope: row, which sorts."""
+        how: How = "sum" if self.sign_consensus else "add"
+        return None if found is None else combined(tile, found, how, tie=1, scale=tile.at(self.scale))
 
 
 def window(size: int, density: float, drop_top: float, order: Literal["remove_first", "keep_first"]) -> tuple[int, int]:

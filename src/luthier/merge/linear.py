@@ -21,7 +21,9 @@ from torch import Tensor
 
 from luthier.errors import InputError
 from luthier.merge.base import Merge, Merged, Shape, Tile
+from luthier.merge.fused import blended
 from luthier.merge.knobs import Knob, knob
+from luthier.merge.report import Counts
 from luthier.merge.weighting import check_weights, weights_at
 from luthier.weights.algebra import lincomb
 
@@ -47,6 +49,11 @@ class Linear(Merge):
 
     def combine(self, tile: Tile, found: Any) -> Merged:
         return Merged(linear(tile.models, factors(self.weights, tile, len(tile.models), self.normalise)))
+
+    def fused(self, tile: Tile, found: Any) -> tuple[Counts, Tensor] | None:
+        """None where there is a base, which is not looked at, or a model comes out as it is."""
+        each = factors(self.weights, tile, tile.count, self.normalise)
+        return None if sum(factor != 0 for factor in each) == 1 else blended(tile, each)
 
 
 def linear(models: Tensor, factors: list[float]) -> Tensor:

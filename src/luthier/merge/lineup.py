@@ -180,15 +180,16 @@ class Step:
         """The outcome for these rows, float32."""
         return self.method.combine(self.lineup.tile(name, start, stop), self.found_of(name))
 
-    def each(self, name: str, work: Callable[[Tile, Merged], R]) -> Iterator[R]:
-        """`work` of each tile of a tensor and its outcome, in order; on all cores where the models allow it."""
-        found = self.found_of(name)
+    def each(self, names: Sequence[str], work: Callable[[Tile, Any], R]) -> Iterator[R]:
+        """`work` of each tile of these tensors and what the survey found, in order; on all cores where the models
+        allow it. Several names are for a method that does not survey tensor by tensor."""
+        found = self.found_of(names[0])
 
         def done(tile: Tile) -> R:
             with torch.no_grad():
-                return work(tile, self.method.combine(tile, found))
+                return work(tile, found)
 
-        tiles = self.lineup.tiles([name])
+        tiles = self.lineup.tiles(names)
         return ahead(tiles, done) if self.lineup.concurrent else map(done, tiles)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from luthier.findings import Finding
 from luthier.merge.base import Merged, Tile
+from luthier.reports.figure import line_chart
 from luthier.weights.depth import DepthOf
 
 FAR = 0.2  # norm of a difference over that of its base above which the base is probably not the model's own
@@ -155,20 +156,14 @@ def draw(rows: dict[str, dict[str, Any]], path: Path) -> bool:
     kept, conflict = _by_block(rows, "kept"), _by_block(rows, "conflict")
     if not kept:
         return False
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 2.6), layout="constrained")
-    panel = figure.add_subplot()
-    for label, values, colour in (("kept, mean of models", kept, "#b9c6d3"), ("signs conflict", conflict, "#1f3a5f")):
-        if values:
-            panel.plot(list(values), list(values.values()), marker="o", markersize=3, label=label, color=colour)
-    panel.set_xlabel("block")
-    panel.set_ylabel("share of weights")
-    panel.set_ylim(bottom=0)
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(frameon=False, fontsize=8)
-    FigureCanvasSVG(figure).print_svg(path, metadata={"Date": None})
+    lines = {"kept, mean of models": (kept, "#b9c6d3"), "signs conflict": (conflict, "#1f3a5f")}
+    line_chart(
+        path,
+        {label: line for label, line in lines.items() if line[0]},
+        title="Share of weights kept, and share where signs conflict, by block",
+        across="block",
+        up="share of weights",
+    )
     return True
 
 

@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,12 +27,12 @@ from luthier.findings import Finding
 from luthier.merge.base import Data, Merge, Merged, Score, Tile, WholeModelMerge
 from luthier.merge.lineup import Lineup, Step
 from luthier.merge.report import Counter, Counts, counted, draw
-from luthier.merge.sources import Source, open_source
+from luthier.merge.sources import Source, StoredSource, open_source
 from luthier.merge.vocabulary import same_vocabulary
 from luthier.methods import build
 from luthier.models.allocator import keep_freed_memory
 from luthier.models.files import write_aside
-from luthier.weights.ahead import ahead
+from luthier.weights.ahead import ahead, beside
 from luthier.weights.algebra import finite
 from luthier.weights.depth import DepthOf, depth_of_names
 from luthier.weights.writer import SHARD_BYTES, copy_others, refuse_filled, write_weights
@@ -152,10 +152,6 @@ def write_step(
     lineup, method = step.lineup, step.method
     counter = Counter([model.label for model in lineup.models], depth_of_names(lineup.names))
     total, done = lineup.bytes * (method.passes + 1), 0
-    if method.reach == "model":
-        _ = step.found
-        done = lineup.bytes * method.passes
-        say(done, total)
 
     def look(counts: Counts) -> None:
         nonlocal done
@@ -164,16 +160,24 @@ def write_step(
         say(min(done, total), total)
 
     tensors: dict[str, Tensor] = {}
-    if out is None:
-        tensors = merged_tensors(step, look)
-        report = _report(step, counter, began, about)
-    else:
-        check_room(Path(out), lineup)
-        with write_aside(Path(out)) as aside:
-            write_merged(step, aside, look, shard_bytes=shard_bytes)
+    stored = [source for source in (lineup.base, *lineup.models) if isinstance(source, StoredSource)]
+    with beside(chain.from_iterable(source.hashing() for source in stored)) as hashed:
+        if method.reach == "model":
+            _ = step.found
+            done = lineup.bytes * method.passes
+            say(done, total)
+        if out is None:
+            tensors = merged_tensors(step, look)
+            hashed.result()
             report = _report(step, counter, began, about)
-            draw(report["tensors"], aside / "merge.svg")
-            (aside / "merge.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        else:
+            check_room(Path(out), lineup)
+            with write_aside(Path(out)) as aside:
+                write_merged(step, aside, look, shard_bytes=shard_bytes)
+                hashed.result()
+                report = _report(step, counter, began, about)
+                draw(report["tensors"], aside / "merge.svg")
+                (aside / "merge.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     say(total, total)
     return MergeResult(Path(out) if out is not None else None, tensors, report, _findings(step, counter))
 
@@ -200,55 +204,58 @@ def write_merged(step: Step, folder: Path, look: Look = lambda *_: None, *, shar
 class Pieces:
     """The tensors of an outcome one after the other, each in pieces of its stored type.
 
-    A large tensor's tiles are computed side by side; small tensors are computed side by side, each on one thread, a few
-    ahead of who takes them. Called with the names in the order that was given.
+    Tiles are computed side by side, a few ahead of who takes them. Where a method surveys tensor by tensor, small
+    tensors are computed side by side instead, each on one thread. Called with the names in the order that was given.
     """
 
     def __init__(self, step: Step, names: Iterable[str], look: Look):
         self.step, self.look, self.names = step, look, list(names)
-        self._coming: Iterator[tuple[str, list[tuple[Counts, Tensor]]]] = iter(())
-        self._left = 0
+        self._coming: Iterator[list[tuple[Counts, Tensor]]] = iter(())
+        self._left: set[str] = set()
 
     def __call__(self, name: str) -> Iterator[Tensor]:
         lineup = self.step.lineup
         if name not in lineup.places:
             yield lineup.frame.whole(name)
             return
-        if self._large(name):
-            made: Iterable[tuple[Counts, Tensor]] = self._made(name)
-        else:
-            if not self._left:
-                self._begin(name)
-            self._left -= 1
-            came, made = next(self._coming)
-            assert came == name
-        for counts, piece in made:
-            self.look(counts)
-            yield piece
-
-    def _large(self, name: str) -> bool:
-        lineup = self.step.lineup
-        whole = self.step.method.reach == "tensor" and lineup.concurrent and lineup.infos[name].elements <= SMALL
-        return name in lineup.places and not whole
+        if name not in self._left:
+            self._begin(name)
+        self._left.remove(name)
+        left = lineup.infos[name].elements
+        while left:
+            for counts, piece in next(self._coming):
+                self.look(counts)
+                yield piece
+                left -= counts.elements
+        if not self._left:  # the stream ends here, and its threads, not when it is collected as garbage
+            next(self._coming, None)
 
     def _begin(self, name: str) -> None:
-        """Start on the small tensors from this one to the next large one."""
-        _ = self.step.found  # once, and not on several threads at a time
-        start = self.names.index(name)
-        run = list(takewhile(lambda n: not self._large(n), self.names[start:]))
-        merged = [n for n in run if n in self.step.lineup.places]
-        self._coming = ahead(merged, lambda n: (n, list(self._made(n))))
-        self._left = len(merged)
+        """Start on the tensors from this one on, as many as can be worked on in one stream."""
+        step, lineup = self.step, self.step.lineup
+        coming = [n for n in self.names[self.names.index(name) :] if n in lineup.places]
+        if step.method.reach != "tensor":
+            self._coming = ([made] for made in step.each(coming, self._made))
+        elif self._large(name):
+            coming = [name]
+            self._coming = ([made] for made in step.each(coming, self._made))
+        else:
+            coming = list(takewhile(lambda n: not self._large(n), coming))
+            self._coming = ahead(coming, lambda n: list(step.each([n], self._made)))
+        self._left = set(coming)
 
-    def _made(self, name: str) -> Iterator[tuple[Counts, Tensor]]:
-        lineup = self.step.lineup
-        dtype = lineup.infos[name].dtype
+    def _large(self, name: str) -> bool:
+        return not self.step.lineup.concurrent or self.step.lineup.infos[name].elements > SMALL
 
-        def made(tile: Tile, merged: Merged) -> tuple[Counts, Tensor]:
-            _finite(tile, merged, lineup)
-            return counted(tile, merged), merged.values.to(dtype)
-
-        return self.step.each(name, made)
+    def _made(self, tile: Tile, found: Any) -> tuple[Counts, Tensor]:
+        method, lineup = self.step.method, self.step.lineup
+        dtype = lineup.infos[tile.name].dtype
+        fused = method.fused(tile, found)
+        if fused is not None:
+            return fused[0], fused[1].to(dtype)
+        merged = method.combine(tile, found)
+        _finite(tile, merged, lineup)
+        return counted(tile, merged), merged.values.to(dtype)
 
 
 def _findings(step: Step, counter: Counter) -> list[Finding]:

@@ -27,10 +27,13 @@ from luthier.models.checkpoint import read_json
 from luthier.weights import Delta, Weights, content_hash
 from luthier.weights.adapter import LowRankDelta, factors_of
 from luthier.weights.algebra import finite
-from luthier.weights.hashing import combined, tensor_hash
+from luthier.weights.hashing import TensorHash, combined, tensor_hash
 from luthier.weights.info import Info, infos_of
+from luthier.weights.stored import Stored
 
 TILE = 2**18  # elements of a tile, so that the tiles of a few models fit a cache; a longer row is a tile of its own
+
+PIECE = 2**20  # elements that are hashed at a time: many, for each takes a turn at Python's lock
 
 
 class Source(Protocol):
@@ -128,20 +131,36 @@ class StoredSource:
     def rows(self, name: str, start: int, stop: int) -> Rows:
         if isinstance(self.tensors, Weights):
             weights, columns = self.tensors, matrix_shape(self.infos[name].shape)[1]
-            return Rows(lambda: weights.read(name, start * columns, stop * columns).view(-1, columns).float())
+            return Rows(
+                lambda: weights.read(name, start * columns, stop * columns).view(-1, columns).float(),
+                stored=Stored(weights, name, start * columns, stop * columns),
+            )
         part = as_matrix(self.tensors[name].detach())[start:stop]
         return Rows(lambda: part.to("cpu", torch.float32))
 
     def digest(self) -> str:
-        if self._digest is None:  # a pass over all weights, and asked for again by each merge on trial
-            self._digest = combined({name: self._hash(name) for name in self.tensors})
-        return self._digest
+        for _ in self.hashing():
+            pass
+        return self._digest or ""
+
+    def hashing(self) -> Iterator[None]:
+        """Find the digest tensor by tensor, for who may want to stop in between; once, since it is a pass over all
+        weights and asked for again by each merge on trial."""
+        if self._digest is None:
+            hashes = {}
+            for name in self.tensors:
+                hashes[name] = self._hash(name)
+                yield
+            self._digest = combined(hashes)
 
     def _hash(self, name: str) -> str:
-        found = tensor_hash(self.tensors[name])
-        if isinstance(self.tensors, Weights):
-            self.tensors.release(name)
-        return found
+        if not isinstance(self.tensors, Weights):
+            return tensor_hash(self.tensors[name])
+        info = self.infos[name]
+        found = TensorHash(info)
+        for start in range(0, info.elements, PIECE):
+            found.update(self.tensors.read(name, start, min(start + PIECE, info.elements)))
+        return found.hex()
 
 
 class AdapterSource:

@@ -19,9 +19,12 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from luthier.merge.base import Merge, Merged, Shape, Tile
+from luthier.merge.fused import combined
 from luthier.merge.knobs import knob
+from luthier.merge.report import Counts
 from luthier.merge.weighting import check_weights, weights_at
 from luthier.weights.algebra import lincomb, moved
+from luthier.weights.ranks import ALL, NOTHING
 
 
 class TaskArithmetic(Merge):
@@ -39,6 +42,10 @@ class TaskArithmetic(Merge):
     def combine(self, tile: Tile, found: Any) -> Merged:
         change = task_arithmetic(tile.deltas, weights_at(self.weights, tile, len(tile.deltas)), tile.at(self.scale))
         return Merged(moved(tile.base, change), tile.deltas)
+
+    def fused(self, tile: Tile, found: Any) -> tuple[Counts, Tensor] | None:
+        factors = [tile.at(self.scale) * weight for weight in weights_at(self.weights, tile, tile.count)]
+        return combined(tile, [(NOTHING, ALL)] * tile.count, "add", factors=factors)
 
 
 def task_arithmetic(deltas: Tensor, weights: Sequence[float], scale: float) -> Tensor:

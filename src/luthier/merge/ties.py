@@ -24,7 +24,7 @@ with density 1 by default: here that is scope: tensor, density: 1.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -33,10 +33,12 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from luthier.merge.base import Merge, Merged, Reach, Shape, Tile, Tiles
+from luthier.merge.fused import balanced, combined
 from luthier.merge.knobs import knob, numbers_of
+from luthier.merge.report import Counts
 from luthier.merge.weighting import check_weights, weights_at
 from luthier.weights.algebra import Agg, agree, balance, elect, moved
-from luthier.weights.ranks import EVERY, Cut, order_statistics, top_cuts
+from luthier.weights.ranks import ALL, EVERY, NOTHING, Cut, order_statistics, top_cuts
 
 
 @dataclass(frozen=True)
@@ -81,19 +83,17 @@ class Ties(Merge):
         check_weights(self.weights, shape)
 
     def survey(self, tiles: Tiles) -> Found:
-        def walk() -> Iterator[tuple[int, Any]]:
-            return tiles.numbers(lambda tile: tile.deltas)
-
         kept = int(tiles.elements * self.density)
         if self.trim == "reference":  # 1-based rank of the threshold among all magnitudes, ascending: elements - kept
             smallest = max(tiles.elements - kept, 1) - 1
-            found = order_statistics(walk, [smallest], magnitudes=True)[:, 0]
+            found = order_statistics(tiles.differences, [smallest], magnitudes=True, expected=tiles.elements)[:, 0]
             cuts = [Cut(float(value), EVERY) for value in found]
         elif kept == tiles.elements:
-            cuts = [Cut(float("-inf"), EVERY)] * next(iter(tiles())).count
+            cuts = [ALL] * next(iter(tiles())).count
         else:
-            cuts = [row[0] for row in top_cuts(walk, [max(1, kept)], magnitudes=True)]
-        total = sum(tiles.each(lambda tile: balance(elect(self._trimmed(tile, cuts)))))
+            above = top_cuts(tiles.differences, [max(1, kept)], magnitudes=True, expected=tiles.elements)
+            cuts = [row[0] for row in above]
+        total = sum(tiles.each(lambda tile: self._balance(tile, cuts)))
         return Found(cuts, int(total > 0) - int(total < 0))
 
     def combine(self, tile: Tile, found: Found) -> Merged:
@@ -101,6 +101,18 @@ class Ties(Merge):
         weights = None if self.weights is None else weights_at(self.weights, tile, len(trimmed))
         change = ties(trimmed, found.majority, weights=weights, agg=self.agg) * tile.at(self.scale)
         return Merged(moved(tile.base, change), trimmed)
+
+    def fused(self, tile: Tile, found: Found) -> tuple[Counts, Tensor] | None:
+        weights = None if self.weights is None else weights_at(self.weights, tile, tile.count)
+        cuts = [(NOTHING, cut) for cut in found.cuts]
+        return combined(
+            tile, cuts, self.agg, weights=weights, factors=weights, tie=found.majority, scale=tile.at(self.scale)
+        )
+
+    def _balance(self, tile: Tile, cuts: Sequence[Cut]) -> int:
+        weights = None if self.weights is None else weights_at(self.weights, tile, tile.count)
+        found = balanced(tile, [(NOTHING, cut) for cut in cuts], weights)
+        return balance(elect(self._trimmed(tile, cuts))) if found is None else found
 
     def _trimmed(self, tile: Tile, cuts: Sequence[Cut]) -> Tensor:
         trimmed = trim(tile.deltas, cuts, tile.place)

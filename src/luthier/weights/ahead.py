@@ -43,6 +43,23 @@ def ahead(items: Iterable[T], work: Callable[[T], R]) -> Iterator[R]:
                 future.cancel()
 
 
+@contextmanager
+def beside(steps: Iterable[object]) -> Iterator[Future[None]]:
+    """While open, `steps` are gone through on a thread of their own; the future ends with the last one."""
+    closed = threading.Event()
+
+    def run() -> None:
+        for _ in steps:
+            if closed.is_set():
+                return
+
+    with ThreadPoolExecutor(1, "beside", initializer=_begin) as pool:
+        try:
+            yield pool.submit(run)
+        finally:
+            closed.set()
+
+
 def _begin() -> None:
     _worker.busy = True
 

@@ -1,6 +1,6 @@
 """Exact order statistics by guessing and comparing: a sample says where a rank lies, one pass makes it exact.
 
-    first pass     a sample of every s-th number; if s stayed 1 it is all of them, and the answer
+    first pass     a sample of every s-th number; if s is 1 it is all of them, and the answer
     second pass    count what is below, at and above two values that bracket the rank, and keep the few between them
 
 The sample is of some hundred thousand numbers; the bracket is six standard deviations of the rank's error to either
@@ -8,7 +8,8 @@ side, so what lies between is about a hundredth of all, and no more is kept than
 differences of 16-bit weights are, mostly equal one of the two values; they are only counted. Where a guess was wrong
 (numbers that repeat in step with the sample), or too much lies between (more than a thousand million numbers), the row
 is counted into bins instead: see `counting`. So the answer is always exact. Comparing and counting are numpy's, which
-does both many times faster than torch does.
+does both many times faster than torch does; of `Differences` a sample reads only what it takes, and a compiled pass
+compares and counts.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from torch import Tensor
 
 from luthier.weights.ahead import ahead
 from luthier.weights.counting import Stretch, Walk, counted, numbers_of
+from luthier.weights.stored import Differences
 
 SAMPLE = 2**18  # numbers of each row that a sample holds at most
+LEAST = 2**14  # and at least, where a row's length is known and the sample is of a 32nd
 KEPT = 3 * 2**22  # numbers of each row and rank that may lie in a bracket
 WIDE = 6.0  # standard deviations
 Numbers = NDArray[np.float32]
@@ -59,17 +62,20 @@ class Bracket:
     kept: int = 0
 
 
-def ranked(walk: Walk, ranks_of: Callable[[int], Sequence[int]], magnitudes: bool) -> tuple[list[list[Place]], int]:
+def ranked(
+    walk: Walk, ranks_of: Callable[[int], Sequence[int]], magnitudes: bool, expected: int = 0
+) -> tuple[list[list[Place]], int]:
     """For each row and each 0-based rank its `Place`; and how many numbers a row has.
 
     Args:
         ranks_of: the ascending ranks, given that number.
+        expected: that number, if it is known before: the sample is then taken in the right steps from the start.
     """
-    samples, stride, total = _sampled(walk, magnitudes)
+    samples, stride, total = _sampled(walk, magnitudes, expected)
     ranks = list(ranks_of(total))
     if stride == 1:
         return [_in_memory(values, start, ranks) for values, start in samples], total
-    brackets = [_guess(row, rank, total, values) for row, (values, _) in enumerate(samples) for rank in ranks]
+    brackets = [bracket for row, (values, _) in enumerate(samples) for bracket in _guess(row, ranks, total, values)]
     del samples
     _compare(walk, brackets, magnitudes)
     found = [_resolved(walk, bracket, total, magnitudes) for bracket in brackets]
@@ -92,15 +98,19 @@ def _numbers(row: Tensor, magnitudes: bool) -> Numbers:
     return np.abs(values) if magnitudes else values + np.float32(0)
 
 
-def _sampled(walk: Walk, magnitudes: bool) -> tuple[list[tuple[Numbers, int]], int, int]:
+def _sampled(walk: Walk, magnitudes: bool, expected: int) -> tuple[list[tuple[Numbers, int]], int, int]:
     """Of each row the numbers at places divisible by the stride, and the first place; the stride; numbers of a row."""
     stride, total, first, filled = 1, 0, 0, 0
+    while expected > stride * min(SAMPLE, max(LEAST, expected // 32)):
+        stride *= 2
     kept: list[Numbers] = []  # of fixed size: many small arrays would lie scattered between the tiles in memory
 
     def sample(item: Stretch) -> tuple[int, int, int, list[Numbers]]:
-        step, place = stride, item[0]
-        rows = numbers_of(item[1])
+        step, (place, given) = stride, item
         start = -place % step
+        if magnitudes and isinstance(given, Differences):
+            return step, place + start, given.elements, given.every(start, step)
+        rows = numbers_of(given)
         return (
             step,
             place + start,
@@ -144,22 +154,43 @@ def _in_memory(values: Numbers, start: int, ranks: Sequence[int]) -> list[Place]
     return found
 
 
-def _guess(row: int, rank: int, total: int, sample: Numbers) -> Bracket:
-    share, size = (rank + 0.5) / total, len(sample)
-    margin = WIDE * math.sqrt(share * (1 - share) * size) + 4
-    below, above = math.floor(share * size - margin), math.ceil(share * size + margin)
-    wanted = [at for at in (below, above) if 0 <= at < size]
+def _guess(row: int, ranks: Sequence[int], total: int, sample: Numbers) -> list[Bracket]:
+    size, spans = len(sample), []
+    for rank in ranks:
+        share = (rank + 0.5) / total
+        margin = WIDE * math.sqrt(share * (1 - share) * size) + 4
+        spans.append((math.floor(share * size - margin), math.ceil(share * size + margin)))
+    wanted = [at for span in spans for at in span if 0 <= at < size]
     ordered = np.partition(sample, wanted) if wanted else sample
-    low = float(ordered[below]) if below >= 0 else -math.inf
-    high = float(ordered[above]) if above < size else math.inf
-    return Bracket(row, rank, low, high)
+    return [
+        Bracket(
+            row,
+            rank,
+            float(ordered[below]) if below >= 0 else -math.inf,
+            float(ordered[above]) if above < size else math.inf,
+        )
+        for rank, (below, above) in zip(ranks, spans, strict=True)
+    ]
 
 
 def _compare(walk: Walk, brackets: Sequence[Bracket], magnitudes: bool) -> None:
     """Count and keep: one pass."""
 
+    columns = sum(bracket.row == 0 for bracket in brackets)
+    lows, highs = (
+        np.array([side(bracket) for bracket in brackets], np.float32).reshape(-1, columns)
+        for side in (lambda bracket: bracket.low, lambda bracket: bracket.high)
+    )
+
     def compared(item: Stretch) -> tuple[int, list[tuple[int, int, int, int, Numbers]]]:
-        place, rows = item[0], numbers_of(item[1])
+        place, given = item
+        if magnitudes and isinstance(given, Differences):
+            counts = given.compared(lows, highs)
+            return place, [
+                _of_counts(given, bracket, row)
+                for bracket, row in zip(brackets, counts.reshape(-1, 4).tolist(), strict=True)
+            ]
+        rows = numbers_of(given)
         numbers = {row: _numbers(rows[row], magnitudes) for row in {bracket.row for bracket in brackets}}
         found = []
         for bracket in brackets:
@@ -188,6 +219,16 @@ def _compare(walk: Walk, brackets: Sequence[Bracket], magnitudes: bool) -> None:
                 bracket.inside.append(inside)
 
 
+def _of_counts(given: Differences, bracket: Bracket, counts: list[int]) -> tuple[int, int, int, int, Numbers]:
+    """What `_compare` notes of a stretch, from how many are above and not below the bracket's two values."""
+    above_low, from_low, above_high, from_high = counts
+    low, high = np.float32(bracket.low), np.float32(bracket.high)
+    between = above_low - from_high if high > low else 0
+    wanted = between if bracket.kept <= KEPT else 0
+    inside = given.within(bracket.row, low, high, wanted) if wanted else np.empty(0, np.float32)
+    return above_low, from_low - above_low, above_high, from_high - above_high if high > low else 0, inside
+
+
 def _resolved(walk: Walk, bracket: Bracket, total: int, magnitudes: bool) -> Place | None:
     """The place of a bracket's rank; None if the rank is not in the bracket, or too much is."""
     if bracket.kept > KEPT:
@@ -198,28 +239,32 @@ def _resolved(walk: Walk, bracket: Bracket, total: int, magnitudes: bool) -> Pla
     if left < 0 or bracket.rank >= total - bracket.above_high:
         return None
     if left < equal_low:
-        at = _finder(walk, bracket, bracket.low, 1, magnitudes)
-        return Place(bracket.low, bracket.above_low, equal_low, at)
+        counts = [low for _, low, _ in bracket.equals]
+        return Place(bracket.low, bracket.above_low, equal_low, _finder(walk, bracket, bracket.low, counts, magnitudes))
     if left >= equal_low + bracket.kept:
-        at = _finder(walk, bracket, bracket.high, 2, magnitudes)
+        counts = [high for _, _, high in bracket.equals]
+        at = _finder(walk, bracket, bracket.high, counts, magnitudes)
         return Place(bracket.high, bracket.above_high, equal_high, at)
     inside = np.concatenate(bracket.inside)
-    value = float(np.partition(inside, left - equal_low)[left - equal_low])
-    above = bracket.above_high + equal_high + _count(inside > np.float32(value))
-    same = _count(inside == np.float32(value))
-    return Place(value, above, same, _searcher(walk, bracket.row, value, magnitudes))
+    value = np.partition(inside, left - equal_low)[left - equal_low]
+    above = bracket.above_high + equal_high + _count(inside > value)
+    counts = [_count(here == value) for here in bracket.inside]
+    return Place(float(value), above, sum(counts), _finder(walk, bracket, float(value), counts, magnitudes))
 
 
-def _finder(walk: Walk, bracket: Bracket, value: float, side: int, magnitudes: bool) -> Callable[[int], int]:
-    """`Place.at` of numbers that were counted by stretch: only the stretch that it stands in is computed again."""
+def _finder(
+    walk: Walk, bracket: Bracket, value: float, counts: Sequence[int], magnitudes: bool
+) -> Callable[[int], int]:
+    """`Place.at` of numbers of which every stretch has so many: only the one that it stands in is computed again."""
 
     def at(count: int) -> int:
-        passed = 0
-        for about, (place, given) in zip(bracket.equals, walk(), strict=True):
-            if count <= passed + about[side]:
+        for here, (place, given) in zip(counts, walk(), strict=True):
+            if count <= here:
+                if magnitudes and isinstance(given, Differences):
+                    return place + given.nth(bracket.row, value, count) + 1
                 values = _numbers(numbers_of(given)[bracket.row], magnitudes)
-                return place + int(np.flatnonzero(values == np.float32(value))[count - passed - 1]) + 1
-            passed += about[side]
+                return place + int(np.flatnonzero(values == np.float32(value))[count - 1]) + 1
+            count -= here
         raise ValueError("the stream has become shorter")
 
     return at

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from luthier.weights.ahead import ahead
 
-Stretch = tuple[int, Tensor | Callable[[], Tensor]]
+Stretch = tuple[int, Tensor | Callable[[], Tensor]]  # where it stands; `Differences` are such a callable
 Walk = Callable[[], Iterable[Stretch]]
 _BINS = 1 << 16
 

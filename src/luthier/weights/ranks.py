@@ -52,7 +52,10 @@ class Cut:
             torch.mul(numbers, self.above(numbers.abs(), place), out=out)
 
 
-def order_statistics(walk: Walk, ranks: Sequence[int], *, magnitudes: bool = False) -> Tensor:
+NOTHING, ALL = Cut(float("inf"), 0), Cut(float("-inf"), EVERY)  # above which there is nothing, and everything
+
+
+def order_statistics(walk: Walk, ranks: Sequence[int], *, magnitudes: bool = False, expected: int = 0) -> Tensor:
     """The numbers at ascending 0-based `ranks` of each row: (K, len(ranks)) float32, exact.
 
     At most two passes over `walk` (four where a guess fails). Every rank must be below the number of elements; rows
@@ -60,12 +63,13 @@ def order_statistics(walk: Walk, ranks: Sequence[int], *, magnitudes: bool = Fal
 
     Args:
         magnitudes: rank by absolute value; the magnitudes are returned.
+        expected: how many numbers a row has, if it is known.
     """
-    found, _ = ranked(walk, lambda total: ranks, magnitudes)
+    found, _ = ranked(walk, lambda total: ranks, magnitudes, expected)
     return torch.tensor([[place.value for place in row] for row in found])
 
 
-def top_cuts(walk: Walk, counts: Sequence[int], *, magnitudes: bool = False) -> list[list[Cut]]:
+def top_cuts(walk: Walk, counts: Sequence[int], *, magnitudes: bool = False, expected: int = 0) -> list[list[Cut]]:
     """For each row and each count the `Cut` above which exactly so many numbers stand.
 
     Of equal numbers the earlier ones are above. A count of 0 gives a cut above everything, one of all elements a cut
@@ -74,21 +78,22 @@ def top_cuts(walk: Walk, counts: Sequence[int], *, magnitudes: bool = False) -> 
 
     Args:
         magnitudes: rank by absolute value.
+        expected: how many numbers a row has, if it is known.
     """
 
     def ranks(total: int) -> list[int]:
         return sorted(min(max(total - count, 0), total - 1) for count in counts)
 
-    found, total = ranked(walk, ranks, magnitudes)
+    found, total = ranked(walk, ranks, magnitudes, expected)
     by_rank = [dict(zip(ranks(total), row, strict=True)) for row in found]
     return [[_cut(places, count, total) for count in counts] for places in by_rank]
 
 
 def _cut(places: dict[int, Place], count: int, total: int) -> Cut:
     if count <= 0:
-        return Cut(float("inf"), 0)
+        return NOTHING
     if count >= total:
-        return Cut(float("-inf"), EVERY)
+        return ALL
     place = places[total - count]
     ties = count - place.above
     return Cut(place.value, EVERY if ties >= place.equal else place.at(ties))

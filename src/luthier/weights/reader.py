@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from io import FileIO
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -88,19 +89,31 @@ class Weights(Mapping[str, Tensor]):
 
         For going over everything once: nothing stays mapped, and threads may read at the same time.
         """
-        info = self.infos[name]
+        found = torch.empty(stop - start, dtype=self.infos[name].dtype)
+        self.read_into(name, start, found)
+        return found
+
+    def read_into(self, name: str, start: int, out: Tensor) -> None:
+        """The same into `out`, contiguous and of the tensor's type: as many elements from `start` on as it has."""
         if not hasattr(os, "preadv"):  # Windows
-            return self[name].reshape(-1)[start:stop].clone()
-        found = torch.empty(stop - start, dtype=info.dtype)
+            out.copy_(self[name].reshape(-1)[start : start + out.numel()].view(out.shape))
+            return
         file = self.files[name]
-        if file not in self._opened:
-            self._opened[file] = file.open("rb", buffering=0)
-        left, place = raw(found).numpy().data, self._places[name] + start * info.dtype.itemsize
+        opened = self._opened.get(file) or self._opened.setdefault(file, file.open("rb", buffering=0))
+        left, place = raw(out).numpy().data, self._places[name] + start * out.element_size()
         while len(left):
-            count = os.preadv(self._opened[file].fileno(), [left], place)
+            count = os.preadv(opened.fileno(), [left], place)
             if not count:
                 raise InputError("has become shorter while it was read", where=str(file))
             left, place = left[count:], place + count
+
+    def every(self, name: str, start: int, stop: int, step: int) -> Tensor:
+        """Each `step`-th of the elements `start` to `stop`, (n,), copied out of the file; the others are not read."""
+        info = self.infos[name]
+        size, start = info.dtype.itemsize, min(start, stop)
+        stored = np.frombuffer(self._map(name), f"i{size}", stop - start, self._places[name] + start * size)
+        found = torch.from_numpy(stored[::step].copy()).view(info.dtype)
+        self.release(name, start * size, stop * size)
         return found
 
     def release(self, name: str, start: int = 0, stop: int | None = None) -> None:
@@ -119,8 +132,8 @@ class Weights(Mapping[str, Tensor]):
     def _map(self, name: str) -> mmap.mmap:
         file = self.files[name]
         if file not in self._mapped:
-            with file.open("rb") as opened:
-                self._mapped[file] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+            with file.open("rb") as opened:  # two threads may map it, and one of the maps stays
+                return self._mapped.setdefault(file, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
         return self._mapped[file]
 
     def __iter__(self) -> Iterator[str]:
