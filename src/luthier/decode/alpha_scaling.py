@@ -42,7 +42,7 @@ class AlphaScaling(Decoder):
     """
 
     method: Literal["alpha-scaling"] = "alpha-scaling"
-    paper: ClassVar[int | None] = 37
+    paper: ClassVar[int | None] = None  # a part of paper 37, whose analysis is not there yet
     base: Model
     tuned: Model
     alpha: float = Field(default=1.0, allow_inf_nan=False)
@@ -84,8 +84,8 @@ def scale(base: nn.Module, tuned: nn.Module, alpha: float) -> Any:
     for path, block in after.items():
         twin = before[path]
         for module in twin.modules():
-            if isinstance(getattr(module, "layer_idx", None), int):
-                module.layer_idx += count  # its keys and values have places of their own in the cache
+            if isinstance(getattr(module, "layer_idx", None), int):  # its keys and values have places of their own
+                vars(module)["layer_idx"] += count
         parent, _, name = path.rpartition(".")
         setattr(second.get_submodule(parent), name, _Scaled(twin, block, alpha))
     config = second.config.get_text_config()
@@ -130,7 +130,7 @@ def _inner(model: Any) -> Any:
 def _adapters_off(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "disable_adapters") and hasattr(module, "enable_adapters"):
-            module._disable_adapters = True
+            vars(module)["_disable_adapters"] = True
 
 
 def _blocks(model: nn.Module, topology: Topology) -> dict[str, nn.Module]:
