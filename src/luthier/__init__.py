@@ -6,6 +6,7 @@
     plan = lt.plan("recipe.yaml")            # what would happen and what it would cost
     tuned, records = lt.fit(model, tokenizer, rows, tuning={"method": "lora", "rank": 8})
     lt.merge("ties", base="base", models=["a", "b"], out="merged")
+    lt.decode.open_decoder(lt.decode.Eft(base="big", tuned="small-chat", tuned_base="small"))
 
 Importing this package imports neither torch nor transformers; each name below is fetched when it is first used.
 """
@@ -42,6 +43,7 @@ __all__ = [
     "Method",
     "Recipe",
     "__version__",
+    "decode",
     "fit",
     "merge",
     "merge_search",
@@ -52,7 +54,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from luthier import merge
+    from luthier import decode, merge
     from luthier.errors import CrashError, GateError, InputError, LuthierError
     from luthier.findings import Finding
     from luthier.merge.search import merge_search
@@ -65,8 +67,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "merge":  # a room that is its own verb: `lt.merge(...)`
-        return importlib.import_module("luthier.merge")
+    if name in ("decode", "merge"):  # rooms; `lt.merge(...)` is its own verb
+        return importlib.import_module(f"luthier.{name}")
     if name in _WHERE:
         return getattr(importlib.import_module(_WHERE[name]), name)
     raise AttributeError(f"module 'luthier' has no attribute {name!r}")

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
+from luthier.pipeline.generating import read_decoder
+
 FENCED = re.compile(r"^( *)```(\w+)[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 SECTIONS = {"name", "data", "model", "environment", "tune", "evaluate", "deploy", "monitor", "study"}
 PAGES = Path(__file__).resolve().parents[2]
@@ -35,6 +37,9 @@ def blocks(language: str) -> list[Any]:
 def test_a_recipe_of_the_docs_is_valid(text: str) -> None:
     given = yaml.safe_load(text)
     assert isinstance(given, dict) and given, "a YAML block of the docs is a recipe or sections of one"
+    if "decoder" in given:  # a recipe of `luthier generate`
+        read_decoder(given)
+        return
     assert set(given) <= SECTIONS, f"no sections of a recipe: {sorted(set(given) - SECTIONS)}"
     if importlib.util.find_spec("luthier.pipeline.recipe") is None:
         pytest.skip("the pipeline is not built")

@@ -1,8 +1,11 @@
-"""From ids to words: generation and the likelihood of given continuations.
+"""From ids to words: generation, by one model or by several that a decoder mixes, and the likelihood of given texts.
 
-Both take a model and lists of token ids, so that prompts are built in exactly one place (`luthier.data.encode`);
-`answer_scorer` puts the two together for rows. They work in batches that change nothing: a result does not depend on
-what it was batched with.
+    model = open_decoder(Eft(base="big", tuned="small-chat", tuned_base="small"))
+    generate(model, model.lead.tokenizer, prompts, max_new_tokens=64)
+
+All take a model and lists of token ids, so that prompts are built in exactly one place (`luthier.data.encode`);
+`answer_scorer` puts likelihoods together for rows. They work in batches that change nothing: a result does not depend
+on what it was batched with.
 """
 
 from __future__ import annotations
@@ -21,25 +24,47 @@ _WHERE = {
     "AlphaScaling": "luthier.decode.alpha_scaling",
     "Decoder": "luthier.decode.base",
     "Eft": "luthier.decode.eft",
-    "Mixture": "luthier.decode.mixture",
-    "Opened": "luthier.decode.mixture",
-    "Single": "luthier.decode.single",
-    "open_decoder": "luthier.decode.opening",
-    "Sampler": "luthier.decode.sampling",
     "Generation": "luthier.decode.generate",
     "Likelihood": "luthier.decode.likelihood",
+    "Mixture": "luthier.decode.mixture",
+    "Opened": "luthier.decode.mixture",
+    "Sampler": "luthier.decode.sampling",
+    "Single": "luthier.decode.single",
     "answer_scorer": "luthier.decode.scoring",
     "context_length": "luthier.decode.inputs",
     "generate": "luthier.decode.generate",
     "likelihoods": "luthier.decode.likelihood",
+    "open_decoder": "luthier.decode.opening",
 }
-__all__ = ["Generation", "Likelihood", "answer_scorer", "context_length", "generate", "likelihoods"]
+__all__ = [
+    "AlphaScaling",
+    "Decoder",
+    "Eft",
+    "Generation",
+    "Likelihood",
+    "Mixture",
+    "Opened",
+    "Sampler",
+    "Single",
+    "answer_scorer",
+    "context_length",
+    "generate",
+    "likelihoods",
+    "open_decoder",
+]
 
 if TYPE_CHECKING:
+    from luthier.decode.alpha_scaling import AlphaScaling
+    from luthier.decode.base import Decoder
+    from luthier.decode.eft import Eft
     from luthier.decode.generate import Generation, generate
     from luthier.decode.inputs import context_length
     from luthier.decode.likelihood import Likelihood, likelihoods
+    from luthier.decode.mixture import Mixture, Opened
+    from luthier.decode.opening import open_decoder
+    from luthier.decode.sampling import Sampler
     from luthier.decode.scoring import answer_scorer
+    from luthier.decode.single import Single
 
 
 def __getattr__(name: str) -> Any:
