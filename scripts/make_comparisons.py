@@ -1,0 +1,129 @@
+"""Write docs/comparisons.md: comparisons on a real model, from the records in benchmarks/results.
+
+luthier run selective-tunings                                    the study; about an hour on two cores
+python benchmarks/real_merge.py                                  the merges; about forty minutes
+python scripts/make_comparisons.py --study runs/selective-tunings-1   take the study's figures into the records
+python scripts/make_comparisons.py                               write the page from the records
+python scripts/make_comparisons.py --check                       write nothing; exit 1 if the page is stale
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE, RESULTS, IMAGES = ROOT / "docs" / "comparisons.md", ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
+STUDY, MERGES, PICTURE = RESULTS / "selective_tunings.json", RESULTS / "real_merge.json", "selective-tunings.svg"
+
+HEAD = """\
+# Comparisons on a real model
+
+<!-- Written by scripts/make_comparisons.py from benchmarks/results. Do not edit by hand. -->
+
+SmolLM2-135M-Instruct, in float32 on two cores. Figures are points from 0 to 100 of answers marked by a program. One
+seed and a hundred questions a task: differences of less than ten points are noise.
+"""
+
+SELECTIVE = """\
+## Ways to choose what moves
+
+The same 247 rows of one task (counting brothers and sisters, reasoning-gym's `aiw`), in the same 31 steps, by full
+tuning, LoRA, and every selective tuning of language models; no row rehearses what the base could before. `everyday` are
+60 short questions of everyday knowledge, `prose` is a story's perplexity. Each tuning has the settings in the recipe
+`selective-tunings`: one rate for tunings that step whole tensors, one for those that step few entries, one for low-rank
+ones; rates were not searched. `luthier run selective-tunings` does it again.
+"""
+
+READING = """\
+![Gain on the task against what is kept](images/selective-tunings.svg)
+
+Read with care: what gains most in 31 steps also has the rate and the number of entries to move far. Tunings of few
+entries are half-way up here and have forgotten almost nothing; whether they keep that at the end is not shown.
+"""
+
+MERGED = """\
+## Merges of two tunings
+
+The base learned to count siblings and to name relations in a family (reasoning-gym's `family_relationships`), each by
+full tuning on 247 rows; then both were merged by each method as it comes. `python benchmarks/real_merge.py` does it
+again.
+"""
+
+
+def take(study: Path) -> None:
+    """The figures and the picture of a study's folder into the records."""
+    from pyarrow import parquet
+
+    cells: dict[str, dict[str, float]] = {}
+    for row in parquet.read_table(study / "study.parquet").to_pylist():
+        cells.setdefault(row["method"], {})[row["metric"]] = row["value"]
+    STUDY.write_text(json.dumps(cells, indent=1) + "\n", encoding="utf-8")
+    shutil.copyfile(study / "study-kept.svg", IMAGES / PICTURE)
+
+
+def selective() -> list[str]:
+    """The section on selective tunings."""
+    if not STUDY.is_file():
+        return []
+    head = "| tuning | task | gain | 95% interval | everyday | prose, rise of perplexity | moves | time | peak memory |"
+    lines = [head, "| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |"]
+    for name, of in json.loads(STUDY.read_text(encoding="utf-8")).items():
+        lines.append(
+            f"| `{name}` | {of['siblings/tuned']:.0f} | {of['siblings/gain']:+.0f} | "
+            f"{of['siblings/low']:+.0f} to {of['siblings/high']:+.0f} | {of['everyday/gain']:+.0f} | "
+            f"{of['prose/perplexity_rise']:+.1f}% | {of['tune/trainable'] / 1e6:.1f}M | "
+            f"{of['tune/seconds'] / 60:.1f} min | {of['tune/peak_memory'] / 2**30:.1f} GiB |"
+        )
+    return [SELECTIVE, "\n".join(lines) + "\n", READING]
+
+
+def merges() -> list[str]:
+    """The section on merges."""
+    if not MERGES.is_file():
+        return []
+    record = json.loads(MERGES.read_text(encoding="utf-8"))
+    tasks = list(record["models"]["base"])
+    lines = [
+        f"| model | {' | '.join(tasks)} | mean | kept of each difference | signs in conflict |",
+        "| --- " + "| ---: " * (len(tasks) + 3) + "|",
+    ]
+    rows: dict[str, dict[str, Any]] = {name: {"scores": scores} for name, scores in record["models"].items()}
+    for name, row in (rows | record["merges"]).items():
+        scores = [row["scores"][task] for task in tasks]
+        kept = ", ".join(f"{share:.0%}" for share in row.get("kept", []))
+        conflict = f"{row['conflict']:.0%}" if "conflict" in row else ""
+        shown = " | ".join(f"{score:.0f}" for score in scores)
+        lines.append(f"| {name} | {shown} | {sum(scores) / len(scores):.1f} | {kept} | {conflict} |")
+    return [MERGED, "\n".join(lines) + "\n"]
+
+
+def page() -> str:
+    """The whole page, a pure function of the records."""
+    return "\n".join([HEAD, *selective(), *merges()])
+
+
+def main() -> int:
+    """Write or check the page; 0 when it is up to date afterwards, 1 when `--check` finds it stale."""
+    parser = argparse.ArgumentParser(description="Write docs/comparisons.md from the records.")
+    parser.add_argument("--check", action="store_true", help="write nothing, exit 1 if the page is stale")
+    parser.add_argument("--study", type=Path, help="run folder of the study, whose figures become the record")
+    arguments = parser.parse_args()
+    if arguments.study:
+        take(arguments.study)
+    text = page()
+    if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text:
+        return 0
+    if arguments.check:
+        print("docs/comparisons.md is stale; run python scripts/make_comparisons.py", file=sys.stderr)
+        return 1
+    PAGE.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
