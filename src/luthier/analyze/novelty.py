@@ -51,7 +51,7 @@ from luthier.decode.inputs import context_length
 from luthier.decode.mixture import Mixture, Opened
 from luthier.decode.vocabulary import shared_vocabulary
 from luthier.errors import InputError
-from luthier.weights.hashing import content_hash, tensor_hash
+from luthier.weights.hashing import combined, tensor_hash
 
 Ids = Sequence[int]
 Label = Callable[[str], str | None]
@@ -126,12 +126,13 @@ class Novelty(Analysis):
             found.append(row)
         while len(found) < search.wanted:
             for row in search.next(len(found)):
-                row |= {} if label is None else {"domain": label(row["text"])}
                 journal.add(row)
                 found.append(row)
                 search.learn(row)
             if progress is not None:
                 progress(len(found), search.wanted)
+        if label is not None:
+            found = [row | {"domain": label(row["text"])} for row in found]
         summary = self._summary(found, search, label is not None)
         if before is not None:
             summary["base_loss"] = {"before": before, "after": search.base_loss(), "samples": self.base_samples}
@@ -233,7 +234,7 @@ class _Search:
 
     def key(self) -> dict[str, Any]:
         """What the texts depend on."""
-        models = {name: content_hash(getattr(self.pair, name).state_dict()) for name in ("base", "tuned")}
+        models = {name: _weights(getattr(self.pair, name)) for name in ("base", "tuned")}
         pool = None if self.pool is None else [len(self.pool), _hash([ids for _, ids in self.pool])]
         return {"settings": self.settings.model_dump(mode="json"), **models, "start": self.start, "rows": pool}
 
@@ -285,7 +286,7 @@ class _Search:
             max_new_tokens=self.settings.max_length - len(self.start),
             temperature=1.0,
             seed=seed,
-            numbers=range(first, first + count),
+            first_number=first,
             stop_at_eos=False,
             keep_logprobs=model is self.mixture,
             batch_tokens=self.settings.batch_tokens,
@@ -325,6 +326,10 @@ def _pool(rows: Rows, tokenizer: Any, limit: int) -> list[tuple[str, list[int]]]
     if not found:
         raise InputError("there is no row of two or more tokens", where="rows")
     return found
+
+
+def _weights(model: nn.Module) -> str:
+    return combined({name: tensor_hash(tensor.cpu().contiguous()) for name, tensor in model.state_dict().items()})
 
 
 def _hash(texts: Sequence[Ids]) -> str:
