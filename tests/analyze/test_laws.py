@@ -68,6 +68,11 @@ def test_a_journal_belongs_to_its_key(tmp_path):
     with pytest.raises(InputError, match="other settings, models or rows"):
         Journal(out, {"n": 2})
     assert Journal(None, {}).rows == []
+    (tmp_path / "b.jsonl.part").write_text("notes of mine\n")
+    with pytest.raises(InputError, match="no journal"):
+        Journal(tmp_path / "b.jsonl", {})
+    with pytest.raises(InputError, match="cannot be written"):
+        Journal(tmp_path / "b.jsonl.part" / "c.jsonl", {})
 
 
 def test_a_report_is_saved_with_its_pictures(tmp_path):

@@ -120,15 +120,20 @@ class Journal:
             return
         if out.exists():
             raise InputError("it is there already", where=str(out), fix="name a file that is not, or remove it")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        whole = self.path.read_bytes() if self.path.is_file() else b""
-        whole = whole[: whole.rfind(b"\n") + 1]
-        lines = [json.loads(line) for line in whole.splitlines()]
-        if lines and lines[0] != json.loads(_line(key)):
-            fix = "remove it, or name another file"
-            raise InputError("it was begun with other settings, models or rows", where=str(self.path), fix=fix)
-        self.rows = lines[1:]
-        self.path.write_bytes(whole or _line(key).encode())
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            whole = self.path.read_bytes() if self.path.exists() else b""
+            whole = whole[: whole.rfind(b"\n") + 1]
+            lines = [json.loads(line) for line in whole.splitlines()]
+            if lines and lines[0] != json.loads(_line(key)):
+                fix = "remove it, or name another file"
+                raise InputError("it was begun with other settings, models or rows", where=str(self.path), fix=fix)
+            self.rows = lines[1:]
+            self.path.write_bytes(whole or _line(key).encode())
+        except ValueError:
+            raise InputError("it is no journal of an analysis", where=str(self.path), fix="move it away") from None
+        except OSError as error:
+            raise InputError(f"cannot be written: {error.strerror}", where=str(out)) from None
 
     def add(self, row: Mapping[str, Any]) -> None:
         """One more row, on disk when this returns."""
