@@ -25,6 +25,7 @@ WORK = {
     "pipeline": "seven stages, the run folder, resume",
     "worlds": "small exact worlds with graders",
     "evaluate": "tasks, statistics, gates",
+    "analyze": "what a tuning did",
     "train": "the one loop",
     "tune": "what may move",
     "objectives": "losses",
@@ -40,7 +41,6 @@ WORK = {
 PLANNED = {
     "pipeline": ("above:proofs",),
     "worlds": ("above:federate", "above:serve"),
-    "evaluate": ("analyze",),
     "tune": ("merge", "above:rollout"),
     "models": ("weights",),
 }

@@ -170,3 +170,13 @@ def test_progress_mode_and_model_defaults(make_model, tokenizer, prompts):
     model.generation_config.repetition_penalty = 5.0
     model.generation_config.no_repeat_ngram_size = 1
     assert generate(model, tokenizer, prompts, max_new_tokens=4) == answers
+
+
+@pytest.mark.parametrize("name", [*CAUSAL, *BOTH])
+def test_where_no_end_is_wanted_texts_are_as_long_as_asked(name, make_model, tokenizer, prompts):
+    model = make_model(name, forced_eos_token_id=None) if name == "bart" else make_model(name)
+    free = generate(model, tokenizer, prompts, max_new_tokens=8, temperature=3.0, stop_at_eos=False)
+    assert {len(answer.ids) for answer in free} == {8} and not any(answer.finished for answer in free)
+    ended = generate(model, tokenizer, prompts, max_new_tokens=8, temperature=3.0)
+    for whole, answer in zip(free, ended, strict=True):
+        assert answer.ids == whole.ids[: len(answer.ids)] and answer.finished == (2 in whole.ids)

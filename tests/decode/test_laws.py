@@ -6,7 +6,7 @@ import pytest
 import torch
 from tests.decode.mixtures import opened
 
-from luthier.decode import AlphaScaling, Eft, Single, generate
+from luthier.decode import AlphaScaling, Cge, Eft, Single, generate
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13], [5, 6, 7, 8]]
 NEW = 7
@@ -18,6 +18,9 @@ def table(make):
     return {
         "single": Single(base=a),
         "alpha-scaling": AlphaScaling(base=a, tuned=b, alpha=1.3),
+        "cge": Cge(base=a, tuned=b),
+        "cge, boosted": Cge(base=a, tuned=b, form="boost", weight=0.5, alpha=0.02),
+        "cge, no filter": Cge(base=a, tuned=b, alpha=0.0, gamma=0.5),
         "eft": Eft(base=a, tuned=b, tuned_base=c),
         "eft, its own base": Eft(base=a, tuned=b, weight=1.5),
         "eft, filtered": Eft(base=a, tuned=b, tuned_base=c, top_p_filter=0.9),

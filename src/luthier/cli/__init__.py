@@ -19,6 +19,8 @@ from typing import Annotated, Any
 
 import typer
 
+from luthier.cli.analyze import EXAMPLES as ANALYZE_EXAMPLES
+from luthier.cli.analyze import analyze as analyze_command
 from luthier.cli.delta import app as delta_commands
 from luthier.cli.generate import EXAMPLES as GENERATE_EXAMPLES
 from luthier.cli.generate import generate as generate_command
@@ -37,6 +39,7 @@ app = typer.Typer(
 app.add_typer(delta_commands)
 app.command("merge", epilog=MERGE_EXAMPLES)(merge_command)
 app.command("generate", epilog=GENERATE_EXAMPLES)(generate_command)
+app.command("analyze", epilog=ANALYZE_EXAMPLES)(analyze_command)
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings to change, such as tune.rank=8.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

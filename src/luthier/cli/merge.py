@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from luthier.cli.words import told_apart
 from luthier.errors import InputError
 
-_SETTING = re.compile(r"[A-Za-z_][\w.]*=")
 EXAMPLES = (
     "Examples: luthier merge ties --base BASE A B C --set density=0.2 scale=1.0 -o OUT | "
     "luthier merge slerp A B --set t=0.3 -o OUT | luthier merge --recipe merge.yaml -o OUT --dry-run"
@@ -45,7 +44,7 @@ def merge(
     from luthier.data.read import import_callable
     from luthier.pipeline.merging import merge_models, plan_merge, read_recipe
 
-    words, chosen = _told_apart(given or [], settings or [])
+    words, chosen = told_apart(given or [], settings or [])
     if (recipe is None) == (not words):
         raise InputError("name a method and its models, or a recipe", fix=f"see `luthier merge --help`. {EXAMPLES}")
     if recipe is not None:
@@ -70,12 +69,6 @@ def merge(
         print(json.dumps({key: value for key, value in result.report.items() if key != "tensors"}, indent=2))
         return
     print(_summary(result.report, output))
-
-
-def _told_apart(given: Sequence[str], settings: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Method and models, and settings: `--set` takes one, and any word like `scale=1.0` behind it is one more."""
-    words = [word for word in given if not _SETTING.match(word) or Path(word).exists()]
-    return words, [*settings, *(word for word in given if word not in words)]
 
 
 @contextmanager

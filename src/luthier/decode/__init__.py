@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 METHODS = {
     "alpha-scaling": "luthier.decode.alpha_scaling:AlphaScaling",
+    "cge": "luthier.decode.cge:Cge",
     "eft": "luthier.decode.eft:Eft",
     "single": "luthier.decode.single:Single",
 }
 _WHERE = {
     "AlphaScaling": "luthier.decode.alpha_scaling",
+    "Cge": "luthier.decode.cge",
     "Decoder": "luthier.decode.base",
     "Eft": "luthier.decode.eft",
     "Generation": "luthier.decode.generate",
@@ -32,12 +34,14 @@ _WHERE = {
     "Single": "luthier.decode.single",
     "answer_scorer": "luthier.decode.scoring",
     "context_length": "luthier.decode.inputs",
+    "contrastive_score": "luthier.decode.cge",
     "generate": "luthier.decode.generate",
     "likelihoods": "luthier.decode.likelihood",
     "open_decoder": "luthier.decode.opening",
 }
 __all__ = [
     "AlphaScaling",
+    "Cge",
     "Decoder",
     "Eft",
     "Generation",
@@ -48,6 +52,7 @@ __all__ = [
     "Single",
     "answer_scorer",
     "context_length",
+    "contrastive_score",
     "generate",
     "likelihoods",
     "open_decoder",
@@ -56,6 +61,7 @@ __all__ = [
 if TYPE_CHECKING:
     from luthier.decode.alpha_scaling import AlphaScaling
     from luthier.decode.base import Decoder
+    from luthier.decode.cge import Cge, contrastive_score
     from luthier.decode.eft import Eft
     from luthier.decode.generate import Generation, generate
     from luthier.decode.inputs import context_length

@@ -38,6 +38,7 @@ from luthier.models.modes import evaluating
 Progress = Callable[[int, int], None]
 Tell = Callable[[Sequence[int], Sequence[int]], None]
 Prompts = Sequence[Sequence[int]]
+NO_TOKEN = 2**40  # no model has a token of this number; None would leave the model's own end tokens on
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ def generate(
     repetition_penalty: float = 1.0,
     seed: int = 0,
     batch_tokens: int = 4096,
+    stop_at_eos: bool = True,
     own_prompts: Mapping[str, Prompts] | None = None,
     keep_logprobs: bool = False,
     first_number: int = 0,
@@ -88,6 +90,7 @@ def generate(
         stop: strings that end an answer.
         temperature, top_p, top_k, min_p, repetition_penalty, seed: see `luthier.decode.sampling.Sampler`.
         batch_tokens: prompt and new tokens, padding included, that one batch may hold.
+        stop_at_eos: whether an end token ends an answer; without, only `stop` and `max_new_tokens` do.
         own_prompts: of a mixture, the prompts of terms that read others than `prompts`, in the same order.
         first_number: of the first prompt, where these are a part of many: draws depend on a prompt's number.
         keep_logprobs: of a mixture, keep each term's log-probability of every token.
@@ -105,7 +108,7 @@ def generate(
     sampler = _sampler(temperature, top_p, top_k, min_p, repetition_penalty, seed)
     check_ids(model, prompts, "prompt")
     own = _own(model, prompts, own_prompts, keep_logprobs)
-    ends = _ends(model, tokenizer, stop)
+    ends = _ends(model, tokenizer, stop) if stop_at_eos else []
     done: list[Generation | None] = [None] * len(prompts)
     finished = 0
     for batch, room in _batches(model, prompts, own, max_new_tokens, batch_tokens):
@@ -250,7 +253,7 @@ def _run(
         min_new_tokens=0,
         use_cache=True,
         pad_token_id=pad,
-        eos_token_id=ends or None,
+        eos_token_id=ends or NO_TOKEN,
     )
     watch.prompt_length = 1 if seq2seq else width
     with evaluating(model), torch.no_grad():
