@@ -14,16 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 METHODS = {
     "eft": "luthier.decode.eft:Eft",
+    "transfer-q": "luthier.decode.transfer_q:TransferQ",
 }
 _WHERE = {
     "Decoder": "luthier.decode.base",
     "Eft": "luthier.decode.eft",
     "Mixture": "luthier.decode.mixture",
     "Opened": "luthier.decode.mixture",
+    "RewardModel": "luthier.decode.rewards",
     "Sampler": "luthier.decode.sampling",
+    "TransferQ": "luthier.decode.transfer_q",
     "Generation": "luthier.decode.generate",
     "Likelihood": "luthier.decode.likelihood",
     "answer_scorer": "luthier.decode.scoring",
+    "best_of_n": "luthier.decode.best_of_n",
     "context_length": "luthier.decode.inputs",
     "generate": "luthier.decode.generate",
     "likelihoods": "luthier.decode.likelihood",
