@@ -123,7 +123,7 @@ def rewards_of(reward: Reward, texts: list[str], name: str = "reward") -> Tensor
 
     Raises `InputError` if `reward` gives another count of numbers than there are texts, or one that is not finite.
     """
-    found = torch.as_tensor(reward(texts)).detach().to("cpu", torch.float64)
+    found = torch.as_tensor(reward(texts), dtype=torch.float64).detach().cpu()
     if found.shape != (len(texts),):
         raise InputError(f"it gave numbers of shape {list(found.shape)} for {len(texts)} texts", where=name)
     odd = [i for i, fine in enumerate(found.isfinite().tolist()) if not fine]

@@ -53,6 +53,7 @@ class Stream:
         self.device = model.get_input_embeddings().weight.device  # type: ignore[operator]
         self.seq2seq = bool(getattr(model.config, "is_encoder_decoder", False))
         self.takes = _takes(model)
+        self.stateful = _stateful(model)
         self.goes_back = False  # whether `cut` will be asked for; a sliding window keeps more then
         self.cache: dict[str, Any] = {}
         self.read = 0  # columns that the cache holds
@@ -164,7 +165,10 @@ class Stream:
             given |= {"encoder_outputs": self.encoded, "attention_mask": self.source_mask, "decoder_input_ids": ids}
         else:
             given |= {"input_ids": ids}
-            if not bool(mask.all()) or "position_ids" not in self.takes:
+            padded = not bool(mask.all()) or "position_ids" not in self.takes
+            if (
+                padded and not self.stateful
+            ):  # whose rows are never padded; with a mask it would take one token for many
                 given["attention_mask"] = mask
             if "position_ids" in self.takes:
                 given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, start:]
@@ -225,8 +229,7 @@ class Apart:
 
 def open_stream(model: nn.Module, prompts: Sequence[Sequence[int]], **options: Any) -> Stream | Apart:
     """The stream of a model; rows of different lengths run apart where a state would run through the padding."""
-    stateful = bool(getattr(_inner(model), "_is_stateful", False))
-    if stateful and len({len(prompt) for prompt in prompts}) > 1:
+    if _stateful(model) and len({len(prompt) for prompt in prompts}) > 1:
         return Apart([Stream(model, [prompt], **options) for prompt in prompts])
     return Stream(model, prompts, **options)
 
@@ -235,6 +238,11 @@ def _inner(model: Any) -> Any:
     """The model of transformers inside PEFT's wrapper, whose `forward` names its arguments."""
     find = getattr(model, "get_base_model", None)
     return find() if find is not None else model
+
+
+def _stateful(model: Any) -> bool:
+    """Whether it carries a state along the row, which padding would change."""
+    return bool(getattr(_inner(model), "_is_stateful", False))
 
 
 def _takes(model: nn.Module) -> frozenset[str]:

@@ -150,7 +150,7 @@ class TransferQ(Decoder):
         contexts = [[*step.prompts["base"][row], *new[row]] for row in rows]
         candidates = candidates[list(rows)]
         if "value" in self.functions:
-            found = torch.as_tensor(self.functions["value"](contexts, candidates)).double()
+            found = torch.as_tensor(self.functions["value"](contexts, candidates), dtype=torch.float64)
             if found.shape != candidates.shape or not bool(found.isfinite().all()):
                 what = f"it must give finite numbers of shape {list(candidates.shape)}, got {list(found.shape)}"
                 raise InputError(what, where="value")
