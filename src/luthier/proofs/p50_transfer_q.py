@@ -18,6 +18,7 @@ Beside this, CD and direct transfer where both may move equally far from SFT (a 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -145,7 +146,7 @@ def smallest_step(how: str) -> Callable[[Sequence[Measurements]], float]:
 
     def measure(runs: Sequence[Measurements]) -> float:
         means = [mean(runs, f"{how}/{name}") for name in order]
-        return min(after - before for before, after in zip(means, means[1:], strict=False))
+        return min(after - before for before, after in itertools.pairwise(means))
 
     return measure
 
@@ -217,5 +218,6 @@ PROOF = Proof(
         "Completions are counted out, not sampled: rollouts of models are held to the definition by the tests.",
         "The reward of an unfinished text says nothing here, which is the worst case for ARGS.",
         "Direct transfer moves further per unit of weight than CD; at an equal KL the two are level.",
+        "Greedily, the mean of the published weights less no weights is about one standard error from 0.",
     ],
 )
