@@ -6,10 +6,20 @@ import pytest
 import torch
 from tests.decode.mixtures import opened
 
-from luthier.decode import AlphaScaling, Cge, Eft, Single, generate
+from luthier.decode import AlphaScaling, Cge, Eft, Single, TransferQ, generate
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13], [5, 6, 7, 8]]
 NEW = 7
+
+
+def letters(texts):
+    """A reward of texts."""
+    return [sum("aeiou".find(letter) for letter in text) / 5 for text in texts]
+
+
+def len_of(texts):
+    """Another reward."""
+    return [len(text) / 10 for text in texts]
 
 
 def table(make):
@@ -26,6 +36,18 @@ def table(make):
         "eft, filtered": Eft(base=a, tuned=b, tuned_base=c, top_p_filter=0.9),
         "eft, two behaviours": Eft(base=a, tuned=(b, d), tuned_base=c, weight=(0.3, 0.7)),
         "eft, speculative": Eft(base=a, tuned=b, tuned_base=c, speculative=3),
+        "transfer-q": TransferQ(base=a, tuned=b, reward=letters, rollout_tokens=3),
+        "transfer-q, unfinished texts": TransferQ(base=a, reward=letters, completion="none", top_k=5),
+        "transfer-q, sampled and weighted": TransferQ(
+            base=a,
+            tuned=b,
+            reward=letters,
+            reward_tuned=len_of,
+            rollouts=2,
+            rollout_tokens=3,
+            rollout_sample=True,
+            top_k=4,
+        ),
     }
 
 

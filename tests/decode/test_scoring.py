@@ -23,7 +23,8 @@ def scorer(make_model, tokenizer):
         tokenizer.chat_template = template
         return answer_scorer(model or make_model("llama"), tokenizer, DataSettings(source="r", **settings))
 
-    return make
+    yield make
+    tokenizer.chat_template = None  # other tests share it
 
 
 @pytest.fixture

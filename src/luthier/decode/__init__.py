@@ -20,6 +20,7 @@ METHODS = {
     "cge": "luthier.decode.cge:Cge",
     "eft": "luthier.decode.eft:Eft",
     "single": "luthier.decode.single:Single",
+    "transfer-q": "luthier.decode.transfer_q:TransferQ",
 }
 _WHERE = {
     "AlphaScaling": "luthier.decode.alpha_scaling",
@@ -30,9 +31,12 @@ _WHERE = {
     "Likelihood": "luthier.decode.likelihood",
     "Mixture": "luthier.decode.mixture",
     "Opened": "luthier.decode.mixture",
+    "RewardModel": "luthier.decode.rewards",
     "Sampler": "luthier.decode.sampling",
     "Single": "luthier.decode.single",
+    "TransferQ": "luthier.decode.transfer_q",
     "answer_scorer": "luthier.decode.scoring",
+    "best_of_n": "luthier.decode.best_of_n",
     "context_length": "luthier.decode.inputs",
     "contrastive_score": "luthier.decode.cge",
     "generate": "luthier.decode.generate",
@@ -48,9 +52,12 @@ __all__ = [
     "Likelihood",
     "Mixture",
     "Opened",
+    "RewardModel",
     "Sampler",
     "Single",
+    "TransferQ",
     "answer_scorer",
+    "best_of_n",
     "context_length",
     "contrastive_score",
     "generate",
@@ -61,6 +68,7 @@ __all__ = [
 if TYPE_CHECKING:
     from luthier.decode.alpha_scaling import AlphaScaling
     from luthier.decode.base import Decoder
+    from luthier.decode.best_of_n import best_of_n
     from luthier.decode.cge import Cge, contrastive_score
     from luthier.decode.eft import Eft
     from luthier.decode.generate import Generation, generate
@@ -68,9 +76,11 @@ if TYPE_CHECKING:
     from luthier.decode.likelihood import Likelihood, likelihoods
     from luthier.decode.mixture import Mixture, Opened
     from luthier.decode.opening import open_decoder
+    from luthier.decode.rewards import RewardModel
     from luthier.decode.sampling import Sampler
     from luthier.decode.scoring import answer_scorer
     from luthier.decode.single import Single
+    from luthier.decode.transfer_q import TransferQ
 
 
 def __getattr__(name: str) -> Any:

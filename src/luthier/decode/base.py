@@ -67,6 +67,9 @@ class Step:
         trace: what the decoder tells of this step: (N,) or (N, ...) tensors by name.
         fork: name, k -> a stream of that term with every row k times, to write ahead on (`luthier.decode.streams`);
             None where whole texts are scored.
+        prompts: name -> the prompt of every row as that term reads it, token ids; empty where whole texts are scored.
+        tokenizer: of the first term, for decoders that look at text; None if it has none.
+        ends: tokens that end an answer. A row that holds one in `generated` is done; fillers follow it.
     """
 
     logprobs: Callable[[str], Tensor]
@@ -76,6 +79,9 @@ class Step:
     memory: dict[str, Any] = field(default_factory=dict)
     trace: dict[str, Tensor] = field(default_factory=dict)
     fork: Callable[[str, int], Any] | None = None
+    prompts: Mapping[str, Sequence[Sequence[int]]] = field(default_factory=dict)
+    tokenizer: Any = None
+    ends: frozenset[int] = frozenset()
 
 
 class Decoder(Method):

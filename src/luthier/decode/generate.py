@@ -28,8 +28,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import BaseStreamer
 
-from luthier.data.templates import end_token_ids
-from luthier.decode.inputs import check_ids, context_length
+from luthier.decode.inputs import check_ids, context_length, end_ids
 from luthier.decode.mixture import Mixture
 from luthier.decode.sampling import Sampler
 from luthier.errors import InputError
@@ -298,9 +297,7 @@ def _answer(
 def _ends(model: nn.Module, tokenizer: Any, stop: Sequence[str]) -> list[int]:
     """All end tokens of model and tokenizer, and stop strings that are tokens of their own, sorted."""
     added = tokenizer.get_added_vocab()
-    of_model = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    listed = of_model if isinstance(of_model, list) else [] if of_model is None else [of_model]
-    return sorted({*map(int, listed), *end_token_ids(tokenizer), *(added[word] for word in stop if word in added)})
+    return sorted({*end_ids(model, tokenizer), *(added[word] for word in stop if word in added)})
 
 
 def _batches(

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from luthier.data.templates import end_token_ids
 from luthier.errors import InputError
 
 
@@ -17,6 +18,13 @@ def context_length(model: nn.Module) -> int | None:
         return None
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return int(limit) if isinstance(limit, int) and limit > 0 else None
+
+
+def end_ids(model: nn.Module, tokenizer: Any) -> list[int]:
+    """All tokens that end an answer, sorted: those of the model's generation config and of the tokenizer, if any."""
+    of_model = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    listed = of_model if isinstance(of_model, list) else [] if of_model is None else [of_model]
+    return sorted({*map(int, listed), *(() if tokenizer is None else end_token_ids(tokenizer))})
 
 
 def check_ids(model: nn.Module, ids: Sequence[Sequence[int]], what: str, *, empty: bool = False) -> None:

@@ -26,7 +26,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from luthier.decode.base import Decoder, Step, Term, normalised
-from luthier.decode.inputs import context_length
+from luthier.decode.inputs import context_length, end_ids
 from luthier.decode.streams import Apart, Stream, open_stream
 from luthier.errors import InputError
 
@@ -101,6 +101,9 @@ class Session:
             self.memory,
             {},
             lambda name, times: self.stream(name).fork(times),
+            self.prompts,
+            self.mixture.lead.tokenizer,
+            self.mixture.ends,
         )
 
     def scores(self) -> Tensor:
@@ -171,6 +174,7 @@ class Mixture(nn.Module, GenerationMixin):
         self.config = copy.deepcopy(lead.config)
         self.config.is_encoder_decoder = False
         self.generation_config = getattr(lead, "generation_config", None) or GenerationConfig()
+        self.ends = frozenset(end_ids(self, self.lead.tokenizer))
         self._given: tuple[dict[str, Prompts], Sequence[int]] | None = None
         self._modules_of = nn.ModuleList({id(one.model): one.model for one in self.opened.values()}.values())
         decoder.check(dict.fromkeys(self.terms, vocabulary))

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from luthier.decode.inputs import context_length
 from luthier.errors import InputError
 from luthier.models.modes import evaluating
 
@@ -83,6 +84,12 @@ class Stream:
         """(rows, t) int64: the tokens that were fed."""
         return self.ids[:, self.begin :]
 
+    @property
+    def room(self) -> Tensor | None:
+        """(rows,) int64: how many more tokens fit into the model's context; None if it has no limit."""
+        context = context_length(self.model)
+        return None if context is None else context - self.mask.sum(1)
+
     def feed(self, tokens: Tensor) -> None:
         """One token (rows,) or several (rows, n) behind what is there."""
         new = tokens.to(self.device).reshape(self.rows, -1)
@@ -126,7 +133,7 @@ class Stream:
             self.read = keep
 
     def reorder(self, order: Tensor) -> None:
-        """Rows in another order, maybe some twice: (rows,) int64, as a beam search asks for."""
+        """Rows in another order, maybe some twice or left out: int64 numbers of rows, as a beam search asks for."""
         order = order.to(self.device)
         self.ids, self.mask = self.ids[order], self.mask[order]
         self._last = None if self._last is None else self._last[order]
@@ -192,6 +199,11 @@ class Apart:
     def written(self) -> Tensor:
         return torch.cat([stream.written for stream in self.streams])
 
+    @property
+    def room(self) -> Tensor | None:
+        found = [room for stream in self.streams if (room := stream.room) is not None]
+        return torch.cat(found) if found else None
+
     def feed(self, tokens: Tensor) -> None:
         for stream, row in zip(self.streams, tokens, strict=True):
             stream.feed(row.reshape(1, -1))
@@ -203,7 +215,11 @@ class Apart:
         return torch.cat([stream.states() for stream in self.streams])
 
     def reorder(self, order: Tensor) -> None:
-        self.streams = [self.streams[i].fork(1) for i in order.tolist()]
+        wanted = order.tolist()
+        first = {number: place for place, number in reversed(list(enumerate(wanted)))}
+        self.streams = [
+            self.streams[i] if first[i] == place else self.streams[i].fork(1) for place, i in enumerate(wanted)
+        ]
 
     def fork(self, times: int) -> Apart:
         return Apart([stream.fork(1) for stream in self.streams for _ in range(times)])
@@ -222,7 +238,8 @@ def _inner(model: Any) -> Any:
     return find() if find is not None else model
 
 
-def _stateful(model: nn.Module) -> bool:
+def _stateful(model: Any) -> bool:
+    """Whether it carries a state along the row, which padding would change."""
     return bool(getattr(_inner(model), "_is_stateful", False))
 
 
