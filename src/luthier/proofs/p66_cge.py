@@ -249,9 +249,9 @@ PROOF = Proof(
         ),
     ],
     notes=[
-        "The published step spreads nothing: entropy falls in every seed, and in one a third of its texts turn ordinary.",
-        "Larger steps with replay spread the search in two seeds of three; a quarter to a third of the texts are ordinary.",
-        "first_letter: how probable a language's first letter is to the likeliest; below alpha (0.1) no text begins so.",
+        "The published step spreads nothing: entropy falls in every seed; in one a third of its texts turn ordinary.",
+        "Larger steps with replay spread the search in two seeds of three; up to a third of the texts are ordinary.",
+        "first_letter: a language's first letter against the likeliest; below alpha (0.1) no text begins so.",
         "-log p of the base alone detects nearly as well in this world; base_nats has it by language, per letter.",
     ],
 )
