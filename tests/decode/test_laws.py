@@ -6,7 +6,7 @@ import pytest
 import torch
 from tests.decode.mixtures import opened
 
-from luthier.decode import Eft, generate
+from luthier.decode import DynamicFusion, Eft, generate
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13], [5, 6, 7, 8]]
 NEW = 7
@@ -21,6 +21,9 @@ def table(make):
         "eft, filtered": Eft(base=a, tuned=b, tuned_base=c, top_p_filter=0.9),
         "eft, two behaviours": Eft(base=a, tuned=(b, d), tuned_base=c, weight=(0.3, 0.7)),
         "eft, speculative": Eft(base=a, tuned=b, tuned_base=c, speculative=3),
+        "dynamic fusion": DynamicFusion(base=a, tuned=b, tuned_base=c),
+        "dynamic fusion, two experts": DynamicFusion(base=a, tuned=(b, d), tuned_base=c, grid_step=0.25),
+        "dynamic fusion, joint": DynamicFusion(base=a, tuned=(b, d), tuned_base=c, joint=True),
     }
 
 

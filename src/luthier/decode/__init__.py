@@ -13,10 +13,12 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 METHODS = {
+    "dynamic-fusion": "luthier.decode.fusion:DynamicFusion",
     "eft": "luthier.decode.eft:Eft",
 }
 _WHERE = {
     "Decoder": "luthier.decode.base",
+    "DynamicFusion": "luthier.decode.fusion",
     "Eft": "luthier.decode.eft",
     "Mixture": "luthier.decode.mixture",
     "Opened": "luthier.decode.mixture",
