@@ -51,6 +51,7 @@ class Stream:
         self.model, self.active, self.hidden, self.use_cache = model, active, hidden, use_cache
         self.device = model.get_input_embeddings().weight.device  # type: ignore[operator]
         self.seq2seq = bool(getattr(model.config, "is_encoder_decoder", False))
+        self.stateful = bool(getattr(_inner(model), "_is_stateful", False))
         self.takes = _takes(model)
         self.goes_back = False  # whether `cut` will be asked for; a sliding window keeps more then
         self.cache: dict[str, Any] = {}
@@ -157,7 +158,9 @@ class Stream:
             given |= {"encoder_outputs": self.encoded, "attention_mask": self.source_mask, "decoder_input_ids": ids}
         else:
             given |= {"input_ids": ids}
-            if not bool(mask.all()) or "position_ids" not in self.takes:
+            # Without padding a mask says nothing, but for a model that counts positions by it. One with a state would
+            # lay it over the new token alone and read that as often as the mask is long.
+            if not bool(mask.all()) or not (self.stateful or "position_ids" in self.takes):
                 given["attention_mask"] = mask
             if "position_ids" in self.takes:
                 given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, start:]
