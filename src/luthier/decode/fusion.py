@@ -3,23 +3,23 @@
     P~_a  =  softmax( M_L + sum_t a_t (M_t - M_S) )
     a*    =  argmin_a  sum_t [ (KL(P~_a || P) - KL(Q_t || Q))^2  +  (KL(P || P~_a) - KL(Q || Q_t))^2 ]
 
-P, Q and Q_t are the distributions of `base` (large, logits M_L), `tuned_base` (small, M_S) and expert t (M_t). The idea:
-the large model should move as far from itself as each expert moved from its own base, both ways round. With one weight
-of 1 for ever this is EFT (`luthier.decode.eft`); here nothing is picked by hand and no data is needed.
+P, Q and Q_t are the distributions of `base` (large, logits M_L), `tuned_base` (small, M_S) and expert t (M_t). The
+idea: the large model should move as far from itself as each expert moved from its own base, both ways round. With a
+weight of 1 throughout this is EFT (`luthier.decode.eft`); here nothing is picked by hand and no data is needed.
 
-The search is a grid: a = 0, grid_step, ... up to grid_max. Several experts are tried one at a time, the others at 0, and
-the best pair of expert and weight stays, so one expert at most acts on a token; the objective sums over all of them.
-Ties keep the smaller weight, then the earlier expert. `joint` (ours) goes on from there: one weight after the other
-over the grid, at most two sweeps, and only what is strictly better stays. KL sums over all tokens, before temperature
-and top-p, in float32 from log-softmax. Divergences grow along one expert, so the objective mostly has one valley, but
-not always: the whole grid is tried.
+The search is a grid: a = 0, grid_step, ... up to grid_max. Several experts are tried one at a time, the others at 0,
+and the best pair of expert and weight stays, so one expert at most acts on a token; the objective sums over all of
+them. Ties keep the smaller weight, then the earlier expert. `joint` (ours) goes on from there: one weight after the
+other over the grid, at most two sweeps, and only what is strictly better stays. KL sums over all tokens, before
+temperature and top-p, in float32 from log-softmax. Divergences grow along one expert, so the objective mostly has one
+valley, but not always: the whole grid is tried.
 
 Candidates are tried `BUDGET` numbers at a time (weights x rows x vocabulary): at a vocabulary of 150k and 16 rows
 seven weights at once. About four such tensors live together, 256 MiB, however fine the grid and however many the rows.
 
 What the trace shows, by token: `weights` (T), `objective`, `kl_mixture_base`, `kl_base_mixture`, and of each expert
-`kl_tuned_base` and `kl_base_tuned` (T), in nats. The paper's printed pseudo-code keeps the smallest objective from token
-to token; that is a slip, and it starts anew here.
+`kl_tuned_base` and `kl_base_tuned` (T), in nats. The paper's printed pseudo-code keeps the smallest objective from one
+token to the next; that is a slip, and it starts anew here.
 
 When not to use it: the objective compares how far models moved, not whether an expert knows the question; with experts
 that move far everywhere it may pick the wrong one (see the proof). Each step runs 2 + T models.

@@ -1,4 +1,4 @@
-"""Entities: a world where a large model knows facts that a small one does not, and tuning teaches a manner of answering.
+"""Entities: a large model knows facts that a small one does not, and tuning teaches a manner of answering.
 
 300 entities with Zipf frequencies, each with one of 40 attributes, drawn at random. Pre-training texts state facts in
 plain words, in 30 % of them with a mark before the attribute:
@@ -19,7 +19,7 @@ With `sums`, that share of all texts are sums modulo 10 instead, a second skill 
     tuned = world.tuned(small, world.lesson("fact"), learning_rate=1e-3)
     world.score("fact", answers)     of the prompts world.prompts("fact", "own") or "plain", in the order of `unseen`
 
-Models are Llamas of 3 blocks, width 96 (0.4 million parameters), and of 1 block, width 12 (0.01 million). Everything is
+Models are Llamas of 3 blocks, width 96 (0.4 million parameters), and of 1 block, width 12 (6 thousand). Everything is
 drawn from the seed; both are made in about half a minute on one core.
 """
 
@@ -49,7 +49,7 @@ SO = PLUS + 1
 DIGIT = SO + 1
 VOCABULARY = DIGIT + DIGITS
 IGNORED = -100
-LONGEST = 8
+LONGEST = 9
 Skill = Literal["fact", "sum"]
 Size = Literal["big", "small"]
 Lesson = list[tuple[list[int], list[int]]]  # (prompt, answer) each
@@ -88,7 +88,7 @@ class Entities:
         return found / found.sum()
 
     def texts(self, count: int, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """`count` pre-training texts as ids and labels, (count, 8) int64 each, filled up on the right."""
+        """`count` pre-training texts as ids and labels, (count, 9) int64 each, filled up on the right."""
         entity, other = rng.choice(ENTITIES, (2, count), p=self.frequency)
         digits = rng.integers(0, DIGITS, (count, 2))
         marked, ends, sums = rng.random(count) < 0.3, rng.random(count) < 0.5, rng.random(count) < self.sums
@@ -216,8 +216,8 @@ def _new_model(seed: int, blocks: int, width: int, heads: int, inner: int) -> Ll
                 num_attention_heads=heads,
                 num_key_value_heads=heads,
                 max_position_embeddings=16,
-                initializer_range=0.05,
-                tie_word_embeddings=False,
+                initializer_range=0.02,
+                tie_word_embeddings=True,
                 bos_token_id=BOS,
                 eos_token_id=END,
                 pad_token_id=END,
