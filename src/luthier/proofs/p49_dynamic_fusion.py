@@ -1,7 +1,8 @@
 """49, dynamic logits fusion: two small experts steer a large base, and at every token the search picks one of them.
 
-Entities world with sums, 3 seeds. One small expert is tuned to answer facts in one format, one to answer sums in
-another; the large base knows both skills better and neither format. On unseen questions of both, half of each
+Entities world, half of its texts sums, 3 seeds. One small expert is tuned to answer facts in one format, one to answer
+sums in another; the large base knows both skills and neither format. (Its head is not tied to its embedding, other than
+the world's own: tied, it does not learn to add.) On unseen questions of both, half of each
 (`mixed`): the base, each expert alone at weight 1, both at weight 1, and the search, also `joint` and with the one
 matching expert. Right is format and value. `matching` is the share of answer tokens on which the weight of the
 matching expert is above 0 (one expert at most acts; a token without any counts as not matching); `acting` is that share
@@ -18,23 +19,25 @@ from statistics import fmean
 import numpy as np
 import torch
 from scipy.special import log_softmax
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from luthier.decode import DynamicFusion, Eft
 from luthier.decode.fusion import fuse
 from luthier.proofs.base import Claim, Measurements, Proof, count, mean
 from luthier.proofs.entities_bench import Bench
-from luthier.worlds.entities import Entities, Skill
+from luthier.worlds.entities import BOS, END, VOCABULARY, Entities, Skill
 
 SKILLS: tuple[Skill, Skill] = ("fact", "sum")
 STATIC = ("fact_expert", "sum_expert", "both_experts")
+TEXTS, STEPS = 96_000, 1500  # of the large base
 ROWS, TOKENS = 64, 50
 GRID = [round(0.1 * i, 12) for i in range(21)]
 
 
 def prove(seed: int) -> Measurements:
-    bench = Bench(Entities(seed, sums=0.25))
+    bench = Bench(Entities(seed, sums=0.5))
     world = bench.world
-    big, small = world.pretrained("big"), world.pretrained("small")
+    big, small = _large(world), world.pretrained("small")
     experts = {skill: world.tuned(small, world.lesson(skill), learning_rate=1e-3) for skill in SKILLS}
     both = tuple(experts.values())
     arms = {f"{skill}_expert": Eft(base=big, tuned=experts[skill], tuned_base=small) for skill in SKILLS}
@@ -62,6 +65,30 @@ def prove(seed: int) -> Measurements:
     found["matching"] = fmean(found[f"matching_tokens/{s}"] / max(1.0, found[f"tokens/{s}"]) for s in SKILLS)
     found["acting"] = fmean(found[f"matching_tokens/{s}"] / max(1.0, found[f"acting_tokens/{s}"]) for s in SKILLS)
     return found | _exact(seed)
+
+
+def _large(world: Entities) -> LlamaForCausalLM:
+    """A base of 3 blocks and width 96 that has read texts, as a lesson whose answers are whole texts."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(world.seed)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=VOCABULARY,
+                hidden_size=96,
+                intermediate_size=256,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                max_position_embeddings=16,
+                initializer_range=0.05,
+                tie_word_embeddings=False,
+                bos_token_id=BOS,
+                eos_token_id=END,
+                pad_token_id=END,
+            )
+        )
+    ids, labels = world.texts(TEXTS, np.random.default_rng([world.seed, 4]))
+    texts = [text[:length] for text, length in zip(ids.tolist(), (labels >= 0).sum(1).tolist(), strict=True)]
+    return world.tuned(model, [([], text) for text in texts], learning_rate=1e-3, steps=STEPS)
 
 
 def _exact(seed: int) -> Measurements:
@@ -119,6 +146,12 @@ PROOF = Proof(
         "luthier.proofs.entities_bench",
     ],
     claims=[
+        Claim(
+            "the large base knows facts and sums in its own format, smallest of the seeds and skills",
+            lambda runs: min(r[f"{s}_known/base"] for r in runs for s in SKILLS),
+            ">= 0.9",
+            "ours",
+        ),
         Claim(
             "mixed set: dynamic less the better of the two single experts at weight 1, smallest of the seeds",
             lambda runs: min(r["mixed/dynamic"] - max(r["mixed/fact_expert"], r["mixed/sum_expert"]) for r in runs),
@@ -188,5 +221,8 @@ PROOF = Proof(
             "== 0",
             "exact",
         ),
+    ],
+    notes=[
+        "In a first run the large base, with tied weights, had not learnt to add; it was replaced, the bounds were kept.",
     ],
 )
