@@ -223,6 +223,6 @@ PROOF = Proof(
         ),
     ],
     notes=[
-        "In a first run the large base, with tied weights, had not learnt to add; it was replaced, the bounds were kept.",
+        "In a first run the large base, with tied weights, did not learn to add; it was replaced, the bounds stayed.",
     ],
 )
