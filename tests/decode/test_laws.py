@@ -6,7 +6,7 @@ import pytest
 import torch
 from tests.decode.mixtures import opened
 
-from luthier.decode import AlphaScaling, Cge, Eft, Single, TransferQ, generate
+from luthier.decode import AlphaScaling, Cge, DynamicFusion, Eft, Single, TransferQ, generate
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13], [5, 6, 7, 8]]
 NEW = 7
@@ -48,6 +48,9 @@ def table(make):
             rollout_sample=True,
             top_k=4,
         ),
+        "dynamic fusion": DynamicFusion(base=a, tuned=b, tuned_base=c),
+        "dynamic fusion, two experts": DynamicFusion(base=a, tuned=(b, d), tuned_base=c, grid_step=0.25),
+        "dynamic fusion, joint": DynamicFusion(base=a, tuned=(b, d), tuned_base=c, joint=True),
     }
 
 

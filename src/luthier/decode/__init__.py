@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 METHODS = {
     "alpha-scaling": "luthier.decode.alpha_scaling:AlphaScaling",
     "cge": "luthier.decode.cge:Cge",
+    "dynamic-fusion": "luthier.decode.fusion:DynamicFusion",
     "eft": "luthier.decode.eft:Eft",
     "single": "luthier.decode.single:Single",
     "transfer-q": "luthier.decode.transfer_q:TransferQ",
@@ -26,6 +27,7 @@ _WHERE = {
     "AlphaScaling": "luthier.decode.alpha_scaling",
     "Cge": "luthier.decode.cge",
     "Decoder": "luthier.decode.base",
+    "DynamicFusion": "luthier.decode.fusion",
     "Eft": "luthier.decode.eft",
     "Generation": "luthier.decode.generate",
     "Likelihood": "luthier.decode.likelihood",
@@ -47,6 +49,7 @@ __all__ = [
     "AlphaScaling",
     "Cge",
     "Decoder",
+    "DynamicFusion",
     "Eft",
     "Generation",
     "Likelihood",
@@ -71,6 +74,7 @@ if TYPE_CHECKING:
     from luthier.decode.best_of_n import best_of_n
     from luthier.decode.cge import Cge, contrastive_score
     from luthier.decode.eft import Eft
+    from luthier.decode.fusion import DynamicFusion
     from luthier.decode.generate import Generation, generate
     from luthier.decode.inputs import context_length
     from luthier.decode.likelihood import Likelihood, likelihoods

@@ -1,6 +1,7 @@
 """Small exact worlds with graders, and the packaged model and texts that demos, tests and proofs stand on.
 
     facts         120 subjects, 8 relations: a tiny decoder knows 840 facts by heart and is taught 120 more
+    entities      a large model knows rare facts, a small one does not; tuning teaches formats of answering
     digits        the handwritten digits of scikit-learn, and small networks that read them
     diffusion     a small U-Net of diffusers that draws those digits, and is then tuned to draw others
     arithmetic    eight chat skills with one right answer each; four that the tiny model knows, four to teach it
@@ -30,6 +31,7 @@ __all__ = [
     "bandit",
     "diffusion",
     "digits",
+    "entities",
     "everyday",
     "facts",
     "parts",
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
         bandit,
         diffusion,
         digits,
+        entities,
         everyday,
         facts,
         parts,
