@@ -6,10 +6,20 @@ import pytest
 import torch
 from tests.decode.mixtures import opened
 
-from luthier.decode import Eft, generate
+from luthier.decode import CopilotDecoder, Eft, generate
+from luthier.models.copilot import Copilot
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13], [5, 6, 7, 8]]
 NEW = 7
+
+
+def copilot(pilot, **settings):
+    """An untrained Copilot that says something; while the names are collected, nothing."""
+    if isinstance(pilot, torch.nn.Identity):
+        return "none"
+    found = Copilot.of(pilot, layers=2, **settings).eval()
+    torch.nn.init.normal_(found.head.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    return found
 
 
 def table(make):
@@ -21,6 +31,8 @@ def table(make):
         "eft, filtered": Eft(base=a, tuned=b, tuned_base=c, top_p_filter=0.9),
         "eft, two behaviours": Eft(base=a, tuned=(b, d), tuned_base=c, weight=(0.3, 0.7)),
         "eft, speculative": Eft(base=a, tuned=b, tuned_base=c, speculative=3),
+        "copilot": CopilotDecoder(base=a, copilot=copilot(a), scale=0.5),
+        "copilot, sees the current state": CopilotDecoder(base=b, copilot=copilot(b, include_current=True), scale=0.5),
     }
 
 

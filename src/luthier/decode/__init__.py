@@ -13,9 +13,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 METHODS = {
+    "copilot": "luthier.decode.copilot:CopilotDecoder",
     "eft": "luthier.decode.eft:Eft",
 }
 _WHERE = {
+    "CopilotDecoder": "luthier.decode.copilot",
     "Decoder": "luthier.decode.base",
     "Eft": "luthier.decode.eft",
     "Mixture": "luthier.decode.mixture",

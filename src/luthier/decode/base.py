@@ -45,7 +45,7 @@ class Term:
         model: a folder or whatever `luthier.models` loads, a PEFT adapter, a delta, or a module. Two terms that name
             the same share its weights, and with the same prompts its computation too.
         on: name of the term whose weights an adapter or a delta stands on.
-        hidden: whether `step.hidden` is wanted of it.
+        hidden: whether `step.hidden` and `step.prompt` are wanted of it.
     """
 
     model: Any
@@ -67,6 +67,9 @@ class Step:
         trace: what the decoder tells of this step: (N,) or (N, ...) tensors by name.
         fork: name, k -> a stream of that term with every row k times, to write ahead on (`luthier.decode.streams`);
             None where whole texts are scored.
+        prompt: name -> (N, columns, width) what its embedding gave the tokens of the prompt (of an encoder-decoder model:
+            what its encoder gave) and (N, columns) bool, false for padding, for terms with `hidden`; None where whole
+            texts are scored.
     """
 
     logprobs: Callable[[str], Tensor]
@@ -76,6 +79,7 @@ class Step:
     memory: dict[str, Any] = field(default_factory=dict)
     trace: dict[str, Tensor] = field(default_factory=dict)
     fork: Callable[[str, int], Any] | None = None
+    prompt: Callable[[str], tuple[Tensor, Tensor]] | None = None
 
 
 class Decoder(Method):

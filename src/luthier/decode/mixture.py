@@ -101,6 +101,7 @@ class Session:
             self.memory,
             {},
             lambda name, times: self.stream(name).fork(times),
+            lambda name: self.stream(name).prompt(),
         )
 
     def scores(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""The Copilot: a small decoder that reads what a language model (the Pilot) has just got wrong, and says what comes next.
+"""The Copilot: a small decoder that reads what a language model (the Pilot) got wrong so far, and guesses what is next.
 
     errors      l_i = onehot(label i) - softmax(Pilot's logits i)            a vector over the vocabulary, sums to 0
     output      f_i, the guess at l_i, from  l_1 .. l_{i-1},  the Pilot's states at these tokens, and the prompt
@@ -86,8 +86,8 @@ class Past:
 
     Attributes:
         visible: (rows, columns) bool, which columns of the prompt are there and not padding.
-        keys, values: one for each layer, (rows, kv_heads, columns, head_width): of a self-attending layer those of its own
-            tokens, of the others the prompt's and then the Pilot's states'.
+        keys, values: one for each layer, (rows, kv_heads, columns, head_width): of a self-attending layer those of its
+            own tokens, of the others the prompt's and then the Pilot's states'.
     """
 
     visible: Tensor
@@ -180,10 +180,9 @@ class Copilot(nn.Module):
         head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None  # type: ignore[operator]
         if head is None:
             raise InputError(f"{type(base).__name__} has no output embedding, so it makes no token errors")
-        numbers = _Numbers.of(theirs)
-        vocabulary = int(unwrap(head).weight.shape[0])
+        numbers, weight = _Numbers.of(theirs), unwrap(head).weight
         made = CopilotConfig(
-            vocabulary=vocabulary,
+            vocabulary=int(weight.shape[0]),  # type: ignore[index, arg-type]
             pilot_width=_Numbers.of(base).width,
             layers=max(2, numbers.layers if layers is None else layers),
             include_current=include_current,
