@@ -48,7 +48,7 @@ def by_hand(pilot, copilot, prompt, scale, count):
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "bloom", "mamba"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bloom"])
 @pytest.mark.parametrize("current", [False, True])
 def test_greedy_answers_are_those_of_the_rule(make_model, tokenizer, kind, current):
     model = make_model(kind, 1)
@@ -120,9 +120,11 @@ def test_what_is_not_above_zero_is_never_drawn_and_nothing_left_is_the_pilot():
     assert set(drawn.argmax(-1).tolist()) == {1, 2, 3}
 
 
+@pytest.mark.parametrize("kind", ["llama", "mamba"])  # Mamba's rows run apart
 @pytest.mark.parametrize("current", [False, True])
-def test_the_traced_correction_does_not_depend_on_the_batch(pilot, tokenizer, current):
-    decoder = CopilotDecoder(base=pilot, copilot=copilot_of(pilot, include_current=current), scale=0.5)
+def test_the_traced_correction_does_not_depend_on_the_batch(make_model, tokenizer, kind, current):
+    pilot = make_model(kind, 2)
+    decoder = CopilotDecoder(base=pilot, copilot=copilot_of(pilot, layers=2, include_current=current), scale=0.5)
     mixed, how = opened(decoder, tokenizer), {"max_new_tokens": NEW, "keep_logprobs": True}
     together = generate(mixed, tokenizer, PROMPTS, **how)
     for prompt, said in zip(PROMPTS, together, strict=True):
@@ -137,7 +139,7 @@ def test_what_does_not_fit_is_told(pilot, make_model, tokenizer):
         opened(CopilotDecoder(base=pilot, copilot=copilot_of(small)), tokenizer)
     narrow = make_model("gpt2", 0, n_embd=16)
     mixed = opened(CopilotDecoder(base=pilot, copilot=copilot_of(narrow)), tokenizer)
-    with pytest.raises(InputError, match="width 16"):
+    with pytest.raises(InputError, match="of width 16"):
         generate(mixed, tokenizer, PROMPTS, max_new_tokens=2)
     with pytest.raises(ValidationError, match="greater than or equal"):
         CopilotDecoder(base=pilot, copilot="x", scale=-0.1)

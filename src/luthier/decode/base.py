@@ -67,9 +67,9 @@ class Step:
         trace: what the decoder tells of this step: (N,) or (N, ...) tensors by name.
         fork: name, k -> a stream of that term with every row k times, to write ahead on (`luthier.decode.streams`);
             None where whole texts are scored.
-        prompt: name -> (N, columns, width) what its embedding gave the tokens of the prompt (of an encoder-decoder model:
-            what its encoder gave) and (N, columns) bool, false for padding, for terms with `hidden`; None where whole
-            texts are scored.
+        prompt: name -> (N, columns, width), what its embedding gave the tokens of the prompt (of an encoder-decoder
+            model: what its encoder gave), and (N, columns) bool, false for padding; for terms with `hidden`. None
+            where whole texts are scored.
     """
 
     logprobs: Callable[[str], Tensor]

@@ -2,10 +2,10 @@
 
     p'  =  p  +  scale f          p: the Pilot's probabilities;  f: the Copilot's guess at onehot(right token) - p
 
-The Copilot (`luthier.models.copilot`, trained by `train: {copilot: ...}`) has learnt what the Pilot gets wrong. It reads
-the prompt's embeddings, the Pilot's states at what was written so far, and the errors before. In training these were
-the true ones; here they are its own guesses, since the right tokens are not known. That gap is real: what the Copilot
-gained there can be lost here. Choose `scale` on rows held out (the paper tries 0.1 to 1 and often ends at 1); 0 is the
+The Copilot (`luthier.models.copilot`, trained by `train: {copilot: ...}`) has learnt what the Pilot gets wrong. It
+reads the prompt's embeddings, the Pilot's states at what was written so far, and the errors before. In training these
+were the true ones; here they are its own guesses, since the right tokens are not known. That gap is real: what the
+Copilot gained there can be lost here. Choose `scale` on rows held out (the paper tries 0.1 to 1); 0 is the
 Pilot itself, and the Copilot is then not even loaded.
 
 p' need not be a distribution. What is not above 0 cannot come; the rest is taken as log max(p', 1e-10) and normalised;
@@ -92,10 +92,8 @@ class CopilotDecoder(Decoder):
             assert step.prompt is not None
             prompt, visible = step.prompt("base")
             if prompt.shape[-1] != network.config.pilot_width:
-                raise InputError(
-                    f"the Copilot reads states of width {network.config.pilot_width}, the Pilot's are {prompt.shape[-1]}",
-                    where="decoder.copilot",
-                )
+                what = f"the Copilot reads states of width {network.config.pilot_width}"
+                raise InputError(f"{what}, the Pilot's are {prompt.shape[-1]} wide", where="decoder.copilot")
             network.to(prompt.device)
             step.memory["copilot"] = [network.begin(prompt, visible), None]
         past, before = step.memory["copilot"]
@@ -105,8 +103,10 @@ class CopilotDecoder(Decoder):
 
 
 def corrected(said: Tensor, guess: Tensor, scale: float) -> Tensor:
-    """(N, vocabulary) normalised log-probabilities: log of p + scale x guess, -inf where that is not above 0; `said` (log
-    p) where nothing is."""
+    """(N, vocabulary) normalised log-probabilities: log of p + scale x guess, -inf where that is not above 0.
+
+    `said` is log p, and stands where nothing is above 0.
+    """
     moved = said.exp() + scale * guess
     none = (moved <= 0).all(-1, keepdim=True)
     found = normalised(moved.clamp(min=LEAST).log().masked_fill((moved <= 0) & ~none, -math.inf))
