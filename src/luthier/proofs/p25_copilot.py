@@ -1,16 +1,18 @@
 """25, Transformer Copilot: a small model trained on another's errors corrects it. Does it, where that one is limited?
 
 A GPT of 2 layers (width 64) has learnt to write six symbols of twelve backwards. It is then tuned on a second
-transduction, backwards with every symbol renamed, by a LoRA of rank 1, which is too little. Beside it a Copilot of 2
-layers, all weights, at 4 times the rate, over 6 epochs of 2000 rows. Comparators: the Pilot alone, a LoRA of rank 8, and
-a linear map of the Pilot's probabilities, fitted to its errors on the training rows.
+transduction, backwards with every symbol renamed, by a LoRA of rank 1 on attention alone, which is too little: it gets
+about a third of the tokens right. (On all linears rank 1 learns everything; the place was chosen by the Pilot's own
+figures.) Beside it a Copilot of 2 layers, all weights, at 4 times the rate, over 6 epochs of 2000 rows. Comparators: the
+Pilot alone, a LoRA of rank 8, and a linear map of the Pilot's probabilities, fitted to its errors on the training rows.
 
-On 500 new rows, with the right tokens before each: mean squared error of p + scale x f against the label, correlation of
-f with the true errors, where the Copilot reads its own guesses (as in generation) and where it reads true errors; and
-the share of right tokens where Pilot and decoder write by themselves.
+On 500 new rows, with the right tokens before each: mean squared error of p + scale x f against the label, correlation
+of f with the true errors, where the Copilot reads its own guesses (as in generation) and where it reads true errors;
+and the share of right tokens where Pilot and decoder write by themselves.
 
-The specification found no gain in worlds like this one: errors of a model fitted by cross entropy have mean zero given
-what it sees. What the paper claims is therefore not expected to show; it is recorded as found.
+Trials in worlds like this one with Pilots that were not limited had found no gain: errors of a model fitted by cross
+entropy have mean zero given what it sees. Whether a limited Pilot can be corrected is an open question here, so none of
+the paper's claims is expected; each is recorded as found.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ def rows(number: int, draw: torch.Generator, renamed: Tensor) -> Tensor:
     return torch.cat([symbols, torch.full((number, 1), SEPARATOR), renamed[symbols.flip(1)]], dim=1)
 
 
-def pretrained(seed: int, steps: int = 700) -> GPT2LMHeadModel:
+def pretrained(seed: int, steps: int = 400) -> GPT2LMHeadModel:
     """A model that writes backwards (AdamW, rate 3e-3 falling to 0, batches of 128)."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -87,7 +89,9 @@ def tuned(base: nn.Module, ids: Tensor, rank: int, seed: int, beside: bool = Fal
     extra: dict[str, Any] = {"copilot": {"layers": 2, "learning_rate": 4e-3}} if beside else {}
     settings = TrainSettings(learning_rate=1e-3, num_train_epochs=6, effective_batch_size=32, **extra)
     torch.manual_seed(seed)
-    attached = build("tune", {"method": "lora", "rank": rank}).attach(model, Probe(Topology.of(model)))  # type: ignore[attr-defined]
+    attached = build("tune", {"method": "lora", "rank": rank, "targets": "attention"}).attach(
+        model, Probe(Topology.of(model))
+    )  # type: ignore[attr-defined]
     loop = Loop(attached, Sft(), settings, Rows(ids), seed=seed, device="cpu")  # type: ignore[arg-type]
     loop.run()
     return attached.model.eval(), loop
@@ -95,7 +99,7 @@ def tuned(base: nn.Module, ids: Tensor, rank: int, seed: int, beside: bool = Fal
 
 @torch.no_grad()
 def seen(model: Any, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of the answers: probabilities and true errors (rows, 6, vocabulary), the prompt's embeddings, the pooled states."""
+    """Of the answers: probabilities and true errors (rows, 6, vocabulary); the prompt's embeddings; pooled states."""
     out = model(input_ids=ids[:, :-1], use_cache=False, output_hidden_states=True)
     said = out.logits[:, PROMPT - 1 :].softmax(-1)
     states = torch.stack(out.hidden_states[1:]).mean(0)[:, PROMPT - 1 :]
@@ -116,7 +120,9 @@ def guesses(copilot: Copilot, errors: Tensor, prompt: Tensor, states: Tensor) ->
 def written(decoder: Any, model: nn.Module, ids: Tensor) -> float:
     """Share of right tokens where the decoder (or, without one, the model) writes the answers."""
     writer: Any = model if decoder is None else Mixture(decoder, {"base": Opened(model)}, VOCABULARY)
-    found = writer.generate(ids[:, :PROMPT], max_new_tokens=LENGTH, do_sample=False, pad_token_id=0)
+    asked = ids[:, :PROMPT]
+    every = torch.ones_like(asked)  # a symbol has the number of the padding
+    found = writer.generate(asked, attention_mask=every, max_new_tokens=LENGTH, do_sample=False, pad_token_id=0)
     return float((found[:, PROMPT:] == ids[:, PROMPT:]).float().mean())
 
 
@@ -199,7 +205,7 @@ PROOF = Proof(
             expected=False,
         ),
         Claim(
-            "seeds in which the Copilot beats a linear map of the Pilot's probabilities, each at the better of 0.1 and 0.3",
+            "seeds in which it beats a linear map of the Pilot's probabilities, each at the better of 0.1 and 0.3",
             lambda runs: count(runs, lambda r: _best(r, "own") < _best(r, "linear")),
             "== 3",
             "ours",
