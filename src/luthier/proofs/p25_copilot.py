@@ -3,8 +3,8 @@
 A GPT of 2 layers (width 64) has learnt to write six symbols of twelve backwards. It is then tuned on a second
 transduction, backwards with every symbol renamed, by a LoRA of rank 1 on attention alone, which is too little: it gets
 about a third of the tokens right. (On all linears rank 1 learns everything; the place was chosen by the Pilot's own
-figures.) Beside it a Copilot of 2 layers, all weights, at 4 times the rate, over 6 epochs of 2000 rows. Comparators: the
-Pilot alone, a LoRA of rank 8, and a linear map of the Pilot's probabilities, fitted to its errors on the training rows.
+figures.) Beside it a Copilot of 2 layers, all weights, at 4 times the rate, over 6 epochs of 2000 rows. Comparators:
+the Pilot alone, a LoRA of rank 8, and a linear map of the Pilot's probabilities, fitted to its errors on training rows.
 
 On 500 new rows, with the right tokens before each: mean squared error of p + scale x f against the label, correlation
 of f with the true errors, where the Copilot reads its own guesses (as in generation) and where it reads true errors;
@@ -67,9 +67,9 @@ def pretrained(seed: int, steps: int = 400) -> GPT2LMHeadModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         sizes: dict[str, Any] = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 16}
-        drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-        marks = {"bos_token_id": None, "eos_token_id": None}
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, tie_word_embeddings=False, **sizes, **drops, **marks))
+        sizes |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+        sizes |= {"bos_token_id": None, "eos_token_id": None, "tie_word_embeddings": False}
+        model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, **sizes))
     draw = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
@@ -89,9 +89,8 @@ def tuned(base: nn.Module, ids: Tensor, rank: int, seed: int, beside: bool = Fal
     extra: dict[str, Any] = {"copilot": {"layers": 2, "learning_rate": 4e-3}} if beside else {}
     settings = TrainSettings(learning_rate=1e-3, num_train_epochs=6, effective_batch_size=32, **extra)
     torch.manual_seed(seed)
-    attached = build("tune", {"method": "lora", "rank": rank, "targets": "attention"}).attach(
-        model, Probe(Topology.of(model))
-    )  # type: ignore[attr-defined]
+    tuning: Any = build("tune", {"method": "lora", "rank": rank, "targets": "attention"})
+    attached = tuning.attach(model, Probe(Topology.of(model)))
     loop = Loop(attached, Sft(), settings, Rows(ids), seed=seed, device="cpu")  # type: ignore[arg-type]
     loop.run()
     return attached.model.eval(), loop
