@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from tests.train.test_loop import Examples, loop, weights
 
 from luthier.data.roles import CHOSEN, REJECTED
@@ -15,9 +17,10 @@ from luthier.models.copilot import Copilot
 from luthier.objectives.batch import labelled
 from luthier.objectives.dpo import Dpo
 from luthier.objectives.logprobs import token_logprobs
-from luthier.train import Loop
+from luthier.train import Loop, TrainSettings
 from luthier.train.copilot import token_losses
 from luthier.train.mistake_log import MistakeLog, errors_of, record, watched
+from luthier.worlds import tiny
 
 COPILOT = {"copilot": {"layers": 2}}
 VOCABULARY = 64
@@ -207,3 +210,24 @@ def test_labelled_positions_are_those_of_the_loss():
         recorded(loop().tuned.model, batch).labels.tolist()
         == batch["labels"][:, 1:][labelled(batch["labels"])].tolist()
     )
+
+
+def test_layers_of_another_base_with_the_same_tokens():
+    with pytest.raises(InputError, match="1536 entries, the trained model's 64"):
+        loop(train={"copilot": {"init_from": "package:luthier/worlds/tiny-lm"}})
+
+
+def test_a_folder_gives_its_layers(tmp_path):
+    source = loop(method="full").tuned.model
+    torch.nn.init.normal_(source.model.layers[1].mlp.up_proj.weight)
+    source.save_pretrained(tmp_path)
+    for file in tiny.folder().glob("tokenizer*"):  # every base has one; which, is of no matter here
+        shutil.copy(file, tmp_path)
+    made = loop(train={"copilot": {"init_from": str(tmp_path)}}).companion.model
+    assert torch.equal(made.layers[1].up_proj.weight, source.model.layers[1].mlp.up_proj.weight)
+
+
+@pytest.mark.parametrize("odd", [{"layers": 1}, {"buffer": 0}, {"loss": "kl"}, {"learning_rate": 0}, {"rank": 1}])
+def test_settings_out_of_range_are_refused(odd):
+    with pytest.raises(ValidationError):
+        TrainSettings.model_validate({"copilot": odd})
