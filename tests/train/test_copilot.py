@@ -231,3 +231,11 @@ def test_a_folder_gives_its_layers(tmp_path):
 def test_settings_out_of_range_are_refused(odd):
     with pytest.raises(ValidationError):
         TrainSettings.model_validate({"copilot": odd})
+
+
+def test_a_pass_over_other_rows_is_not_taken_for_the_batch():
+    model, batch = loop().tuned.model, batch_of([([1, 2, 3], [-100, 2, 3])])
+    with watched(model, batch) as seen:
+        model(input_ids=batch["input_ids"].clone())
+    with pytest.raises(InputError, match="rows as they are"):
+        record(model, batch, seen)

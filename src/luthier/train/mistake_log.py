@@ -167,6 +167,8 @@ def record(model: nn.Module, batch: Batch, seen: Seen) -> Part | None:
     chosen = labelled(labels)
     if not bool(chosen.any()):
         return None
+    if not seen.states:
+        raise InputError("this objective does not run the model on the rows as they are", where="train.copilot")
     rows, places = chosen.nonzero(as_tuple=True)  # where predictions are made
     pooled = torch.stack([state[rows, places].float() for state in seen.states[1:]]).mean(0)
     tokens, probabilities = _largest(model, batch, seen, rows, places)
