@@ -30,12 +30,24 @@ _WHERE = {
     "generate": "luthier.decode.generate",
     "likelihoods": "luthier.decode.likelihood",
 }
-__all__ = ["Generation", "Likelihood", "answer_scorer", "context_length", "generate", "likelihoods"]
+__all__ = [
+    "CopilotDecoder",
+    "Generation",
+    "Likelihood",
+    "Mixture",
+    "Opened",
+    "answer_scorer",
+    "context_length",
+    "generate",
+    "likelihoods",
+]
 
 if TYPE_CHECKING:
+    from luthier.decode.copilot import CopilotDecoder
     from luthier.decode.generate import Generation, generate
     from luthier.decode.inputs import context_length
     from luthier.decode.likelihood import Likelihood, likelihoods
+    from luthier.decode.mixture import Mixture, Opened
     from luthier.decode.scoring import answer_scorer
 
 
