@@ -6,7 +6,8 @@ import pytest
 import torch
 from tests.decode.mixtures import opened
 
-from luthier.decode import AlphaScaling, Cge, DynamicFusion, Eft, Single, TransferQ, generate
+from luthier.decode import AlphaScaling, Cge, CopilotDecoder, DynamicFusion, Eft, Single, TransferQ, generate
+from luthier.models.copilot import Copilot
 
 PROMPTS = [[5, 6, 7], [8, 9, 10, 11, 12], [13], [5, 6, 7, 8]]
 NEW = 7
@@ -20,6 +21,15 @@ def letters(texts):
 def len_of(texts):
     """Another reward."""
     return [len(text) / 10 for text in texts]
+
+
+def copilot(pilot, **settings):
+    """An untrained Copilot that says something; while the names are collected, nothing."""
+    if isinstance(pilot, torch.nn.Identity):
+        return "none"
+    found = Copilot.of(pilot, layers=2, **settings).eval()
+    torch.nn.init.normal_(found.head.weight, std=0.1, generator=torch.Generator().manual_seed(0))
+    return found
 
 
 def table(make):
@@ -51,6 +61,8 @@ def table(make):
         "dynamic fusion": DynamicFusion(base=a, tuned=b, tuned_base=c),
         "dynamic fusion, two experts": DynamicFusion(base=a, tuned=(b, d), tuned_base=c, grid_step=0.25),
         "dynamic fusion, joint": DynamicFusion(base=a, tuned=(b, d), tuned_base=c, joint=True),
+        "copilot": CopilotDecoder(base=a, copilot=copilot(a), scale=0.5),
+        "copilot, sees the current state": CopilotDecoder(base=b, copilot=copilot(b, include_current=True), scale=0.5),
     }
 
 

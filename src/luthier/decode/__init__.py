@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 METHODS = {
     "alpha-scaling": "luthier.decode.alpha_scaling:AlphaScaling",
     "cge": "luthier.decode.cge:Cge",
+    "copilot": "luthier.decode.copilot:CopilotDecoder",
     "dynamic-fusion": "luthier.decode.fusion:DynamicFusion",
     "eft": "luthier.decode.eft:Eft",
     "single": "luthier.decode.single:Single",
@@ -26,6 +27,7 @@ METHODS = {
 _WHERE = {
     "AlphaScaling": "luthier.decode.alpha_scaling",
     "Cge": "luthier.decode.cge",
+    "CopilotDecoder": "luthier.decode.copilot",
     "Decoder": "luthier.decode.base",
     "DynamicFusion": "luthier.decode.fusion",
     "Eft": "luthier.decode.eft",
@@ -48,6 +50,7 @@ _WHERE = {
 __all__ = [
     "AlphaScaling",
     "Cge",
+    "CopilotDecoder",
     "Decoder",
     "DynamicFusion",
     "Eft",
@@ -73,6 +76,7 @@ if TYPE_CHECKING:
     from luthier.decode.base import Decoder
     from luthier.decode.best_of_n import best_of_n
     from luthier.decode.cge import Cge, contrastive_score
+    from luthier.decode.copilot import CopilotDecoder
     from luthier.decode.eft import Eft
     from luthier.decode.fusion import DynamicFusion
     from luthier.decode.generate import Generation, generate

@@ -45,7 +45,7 @@ class Term:
         model: a folder or whatever `luthier.models` loads, a PEFT adapter, a delta, or a module. Two terms that name
             the same share its weights, and with the same prompts its computation too.
         on: name of the term whose weights an adapter or a delta stands on.
-        hidden: whether `step.hidden` is wanted of it.
+        hidden: whether `step.hidden` and `step.prompt_states` are wanted of it.
     """
 
     model: Any
@@ -70,6 +70,9 @@ class Step:
         prompts: name -> the prompt of every row as that term reads it, token ids; empty where whole texts are scored.
         tokenizer: of the first term, for decoders that look at text; None if it has none.
         ends: tokens that end an answer. A row that holds one in `generated` is done; fillers follow it.
+        prompt_states: name -> (N, columns, width), what its embedding gave the prompt's tokens (of an encoder-decoder
+            model: what its encoder gave), and (N, columns) bool, false for padding; for terms with `hidden`. None
+            where whole texts are scored.
     """
 
     logprobs: Callable[[str], Tensor]
@@ -82,6 +85,7 @@ class Step:
     prompts: Mapping[str, Sequence[Sequence[int]]] = field(default_factory=dict)
     tokenizer: Any = None
     ends: frozenset[int] = frozenset()
+    prompt_states: Callable[[str], tuple[Tensor, Tensor]] | None = None
 
 
 class Decoder(Method):

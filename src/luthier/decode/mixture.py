@@ -95,15 +95,15 @@ class Session:
 
         return Step(
             logprobs,
-            lambda name: self.stream(name).states(),
-            self.rows,
-            self.tokens,
-            self.memory,
-            {},
-            lambda name, times: self.stream(name).fork(times),
-            self.prompts,
-            self.mixture.lead.tokenizer,
-            self.mixture.ends,
+            hidden=lambda name: self.stream(name).states(),
+            rows=self.rows,
+            generated=self.tokens,
+            memory=self.memory,
+            fork=lambda name, times: self.stream(name).fork(times),
+            prompts=self.prompts,
+            tokenizer=self.mixture.lead.tokenizer,
+            ends=self.mixture.ends,
+            prompt_states=lambda name: self.stream(name).prompt(),
         )
 
     def scores(self) -> Tensor:

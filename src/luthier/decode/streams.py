@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from luthier.decode.inputs import context_length
 from luthier.errors import InputError
@@ -36,7 +37,7 @@ class Stream:
         model: a causal or encoder-decoder language model, plain or wrapped by PEFT.
         prompts: token ids of each row, none of them empty.
         active: what must be open while the model runs, for a model that shares its weights with another.
-        hidden: also keep the hidden states after every block, of the last tokens that ran.
+        hidden: also keep the hidden states after every block, of the last tokens that ran, and the prompts' embeddings.
         use_cache: false reads everything again at every step.
     """
 
@@ -74,6 +75,7 @@ class Stream:
         self.begin = self.ids.shape[1]
         self._last: Tensor | None = None
         self._states: Tensor | None = None
+        self._prompt: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -109,6 +111,15 @@ class Stream:
         assert self._states is not None
         return self._states[:, :, -1]
 
+    def prompt(self) -> tuple[Tensor, Tensor]:
+        """(rows, columns, width) and (rows, columns) bool, false for padding: what went into the first block for the
+        tokens of the prompt, or what the encoder made of it, where `hidden` was asked for."""
+        if self.seq2seq:
+            return self.encoded.last_hidden_state, self.source_mask.bool()
+        self.logits()
+        assert self._prompt is not None
+        return self._prompt, self.mask[:, : self.begin].bool()
+
     def every(self, count: int) -> Tensor:
         """(rows, count, vocabulary) float32: of the tokens after each of the last `count` columns, run at once.
 
@@ -138,6 +149,7 @@ class Stream:
         self.ids, self.mask = self.ids[order], self.mask[order]
         self._last = None if self._last is None else self._last[order]
         self._states = None if self._states is None else self._states[order]
+        self._prompt = None if self._prompt is None else self._prompt[order]
         if self.seq2seq:
             self.source_mask = self.source_mask[order]
             self.encoded.last_hidden_state = self.encoded.last_hidden_state[order]
@@ -181,6 +193,8 @@ class Stream:
         self.read = self.ids.shape[1]
         if self.hidden:
             states = out.decoder_hidden_states if self.seq2seq else out.hidden_states
+            if self._prompt is None and not self.seq2seq:
+                self._prompt = states[0][:, : self.begin]
             self._states = torch.stack([state[:, -keep:] for state in states[1:]], dim=1)
         return out.logits[:, -keep:].float()
 
@@ -213,6 +227,12 @@ class Apart:
 
     def states(self) -> Tensor:
         return torch.cat([stream.states() for stream in self.streams])
+
+    def prompt(self) -> tuple[Tensor, Tensor]:
+        parts = [stream.prompt() for stream in self.streams]
+        width = max(mask.shape[1] for _, mask in parts)
+        states = [pad(state, (0, 0, width - state.shape[1], 0)) for state, _ in parts]
+        return torch.cat(states), torch.cat([pad(mask, (width - mask.shape[1], 0)) for _, mask in parts])
 
     def reorder(self, order: Tensor) -> None:
         wanted = order.tolist()

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 _WHERE = {
     "Block": "luthier.models.topology",
+    "Copilot": "luthier.models.copilot",
     "Loaded": "luthier.models.loading",
     "Memory": "luthier.models.memory",
     "ModelSettings": "luthier.models.settings",
@@ -37,6 +38,7 @@ _WHERE = {
 }
 __all__ = [
     "Block",
+    "Copilot",
     "Loaded",
     "Memory",
     "ModelSettings",
@@ -56,6 +58,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from luthier.models.checkpoint import verify
+    from luthier.models.copilot import Copilot
     from luthier.models.files import hashes, save
     from luthier.models.loading import Loaded, check, load, skeleton
     from luthier.models.memory import Memory, count, estimate

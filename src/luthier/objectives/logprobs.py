@@ -133,6 +133,24 @@ def token_logprobs(
     )
 
 
+def head_logits(model: nn.Module, batch: Batch, fed: Tensor) -> Tensor | None:
+    """(tokens, vocabulary) float32 logits that `model` makes of what its head was fed, (tokens, width); no gradient.
+
+    None where no known function leads from the head's output to the logits. Nothing drops out.
+    """
+    plain = _unwrapped(model)
+    head = _head(plain)
+    with torch.no_grad():
+        after = _after_head(plain, head, batch)
+        with evaluating(head):
+            return None if after is None else after(head.forward(fed)).float()
+
+
+def head_of(model: nn.Module) -> nn.Module:
+    """The output embedding of a model, plain or wrapped; `InputError` if it has none."""
+    return _head(_unwrapped(model))
+
+
 def _chunked(score: Callable[..., Scores], hidden: Tensor, targets: Tensor, base: Tensor | None, size: int) -> Scores:
     """Score `hidden` (tokens, width) chunk by chunk; only one chunk's logits live at a time, in both passes."""
     if len(targets) <= size:

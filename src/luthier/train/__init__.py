@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 _WHERE = {
     "TrainSettings": "luthier.train.settings",
+    "CopilotSettings": "luthier.train.settings",
     "Loop": "luthier.train.loop",
     "StepRecord": "luthier.train.records",
     "Interrupted": "luthier.train.loop",
@@ -23,6 +24,7 @@ _WHERE = {
 }
 __all__ = [
     "Checkpoints",
+    "CopilotSettings",
     "EarlyDynamics",
     "Interrupted",
     "Loop",
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
     from luthier.train.loop import Interrupted, Loop
     from luthier.train.records import StepRecord
     from luthier.train.sessions import SessionRun
-    from luthier.train.settings import TrainSettings
+    from luthier.train.settings import CopilotSettings, TrainSettings
     from luthier.train.span import Span
 
 

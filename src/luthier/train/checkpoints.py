@@ -3,7 +3,8 @@
     checkpoints/step-00000040/
         weights.safetensors       what training changed (the tuning's `state_dict`)
         optimizer.safetensors     moments and counts, named `<index of the parameter>.<name>`
-        state.json                step, schedule, early stopping, random states, the tuning's own, sha256 of the two
+        copilot.safetensors       a Copilot, its optimiser, its generator and its log, where one is trained beside
+        state.json                step, schedule, early stopping, random states, the tuning's own, sha256 of the others
 
 A checkpoint is written aside, flushed to the disk and renamed, so one under its final name is always whole; an older
 one is removed only after that. Together with the batches, which are a pure function of (seed, epoch, step), it makes
@@ -19,6 +20,7 @@ import json
 import os
 import random
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,8 @@ from torch import Tensor
 
 from luthier.errors import CrashError, InputError
 from luthier.models.shards import like
+
+BESIDE = "copilot.safetensors"
 
 
 class Checkpoints:
@@ -45,19 +49,29 @@ class Checkpoints:
     def path(self, step: int) -> Path:
         return self.directory / f"step-{step:08d}"
 
-    def save(self, step: int, weights: dict[str, Tensor], moments: dict[str, Tensor], state: dict) -> Path:
+    def save(
+        self,
+        step: int,
+        weights: dict[str, Tensor],
+        moments: dict[str, Tensor],
+        state: dict,
+        beside: Mapping[str, Tensor] | None = None,
+    ) -> Path:
         """Write the checkpoint after `step` optimiser steps; `CrashError` on a full disk, older ones untouched.
 
         Args:
             moments, state["optimizer"]: what `flat_optimizer` gives.
+            beside: what was trained beside the model; no file if there is nothing.
         """
+        files = {"weights.safetensors": weights, "optimizer.safetensors": moments}
+        files |= {BESIDE: dict(beside)} if beside else {}
         aside = self.directory / f".writing-{os.getpid()}"
         shutil.rmtree(aside, ignore_errors=True)
         try:
             aside.mkdir(parents=True)
-            _save(weights, aside / "weights.safetensors")
-            _save(moments, aside / "optimizer.safetensors")
-            hashes = {name: file_hash(aside / name) for name in ("weights.safetensors", "optimizer.safetensors")}
+            for name, tensors in files.items():
+                _save(tensors, aside / name)
+            hashes = {name: file_hash(aside / name) for name in files}
             whole = {**state, "step": step, "random": random_state(), "sha256": hashes}
             (aside / "state.json").write_text(json.dumps(whole), encoding="utf-8")
             for name in (*hashes, "state.json"):
@@ -85,6 +99,11 @@ class Checkpoints:
             if file_hash(path / name) != digest:
                 raise InputError("the file is damaged", where=str(path / name), fix="remove this checkpoint's folder")
         return load_file(path / "weights.safetensors"), load_file(path / "optimizer.safetensors"), state
+
+    def beside(self, step: int) -> dict[str, Tensor]:
+        """What `save` was given beside the model; empty if nothing. `load` has held it against its hash."""
+        path = self.path(step) / BESIDE
+        return load_file(path) if path.is_file() else {}
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], scalars: dict[str, Any]) -> None:

@@ -38,6 +38,7 @@ from luthier.objectives.anchor import BaseAnchor
 from luthier.objectives.base import Loss, Objective
 from luthier.objectives.batch import labelled
 from luthier.train.checkpoints import Checkpoints, flat_optimizer, restore_optimizer, restore_random_state
+from luthier.train.copilot import companion
 from luthier.train.micro_batch import micro_batch
 from luthier.train.optimizers import inner, make_optimizer, make_schedule
 from luthier.train.ranks import on_cpu, wrapper_options
@@ -132,6 +133,7 @@ class Loop:
         else:
             self.model, self.optimizer = self.accelerator.prepare(tuned.model, optimizer)
         tuned.on_phase_begin(inner(self.optimizer), self.steps_per_epoch, self.total)
+        self.companion = companion(settings, self.model, self.train, self.accelerator, seed)
         # The schedule counts optimiser steps itself; handed to accelerate it would count devices too.
         self.schedule = make_schedule(inner(self.optimizer), settings, tuned.segments(self.total))
         self.checkpoints = Checkpoints(directory / "checkpoints", settings.save_total_limit) if directory else None
@@ -189,6 +191,7 @@ class Loop:
             best = self.checkpoints.directory / "best"
             weights, _, _ = Checkpoints(best).load(Checkpoints(best).steps()[-1])
             self.tuned.load_state_dict(weights)
+        self.companion.save(self.directory)
         for tracker in self.accelerator.trackers:
             tracker.finish()
         self.accelerator.wait_for_everyone()
@@ -203,6 +206,7 @@ class Loop:
             self.tuned.load_extra_state(state["tuning"])
             restore_optimizer(inner(self.optimizer), moments, state["optimizer"])
             self.schedule.load_state_dict(state["schedule"])
+            self.companion.restore(self.checkpoints.beside(steps[-1]), state)
             self.best, self.since_best = state["best"], state["since_best"]
             self.stopped_early = state["stopped_early"]
             restore_random_state(state["random"])
@@ -215,13 +219,9 @@ class Loop:
 
     def _advance(self, step: Step) -> StepRecord:
         began = time.perf_counter()
-        rank = self.accelerator.process_index
-        batches = [self._collate(indices) for indices in step[rank]]
+        batches = [self._collate(indices) for indices in step[self.accelerator.process_index]]
         sizes = self.train.tokens
-        tokens, rows = (
-            sum(int(sizes[i]) for r in step for b in r for i in b),
-            sum(len(b) for r in step for b in r),
-        )
+        tokens, rows = sum(int(sizes[i]) for r in step for b in r for i in b), sum(len(b) for r in step for b in r)
         units = self._add([self.objective.units(batch) for batch in batches])
         if not any(units.values()):
             raise InputError(
@@ -235,7 +235,7 @@ class Loop:
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-                with self.accelerator.autocast():
+                with self.companion.watching(batch), self.accelerator.autocast():
                     loss = self._loss(batch, self.anchor)
                 # Gradients are averaged over devices, so each device's sum counts that many times.
                 times = self.accelerator.num_processes
@@ -263,6 +263,7 @@ class Loop:
         self.done += 1
         pairs = zip(names, parts[::2], parts[1::2], strict=True)
         metrics = {name: value / weight for name, value, weight in pairs if weight} | self.tuned.metrics()
+        metrics |= self.companion.step(rate / self.learning_rate)
         validation = self._validate() if self._due(self.settings.eval_steps or self.steps_per_epoch) else None
         record = StepRecord(self.done, mean, rate, norm, tokens, rows, time.perf_counter() - began, metrics, validation)
         self._keep(record)
@@ -378,7 +379,8 @@ class Loop:
         moments, scalars = flat_optimizer(inner(self.optimizer))
         moments = gathered(moments, main)
         if main:
-            checkpoints.save(self.done, weights, moments, self._state() | {"optimizer": scalars})
+            state = self._state() | {"optimizer": scalars}
+            checkpoints.save(self.done, weights, moments, state, self.companion.tensors())
         self.accelerator.wait_for_everyone()
 
     def _state(self) -> dict[str, Any]:
@@ -386,6 +388,7 @@ class Loop:
             "schedule": {k: v for k, v in self.schedule.state_dict().items() if k != "lr_lambdas"}
             | {"lr_lambdas": [None] * len(inner(self.optimizer).param_groups)},
             "tuning": self.tuned.extra_state(),
+            "copilot": self.companion.state(),
             "best": self.best,
             "since_best": self.since_best,
             "stopped_early": self.stopped_early,

@@ -13,6 +13,31 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"]
 
 
+class CopilotSettings(BaseModel):
+    """A Copilot that is trained beside the model (`luthier.train.copilot`).
+
+    Attributes:
+        layers: of the Copilot, at least 2; null is as many as the model has that it starts from.
+        width: of its states; null is that of the model that it starts from.
+        init_from: `pilot` starts from the trained model's own layers; else the base whose layers are taken, as
+            `model.base`, with the same vocabulary.
+        learning_rate: peak of its own AdamW; rises and falls as the model's rate does.
+        buffer: rounds that the mistake log holds, the oldest dropped first.
+        loss: `rmse` as the paper, or `mse`, which shrinks small errors.
+        include_current: let it see the state that gave a prediction when it guesses that prediction's error.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layers: int | None = Field(default=None, ge=2)
+    width: int | None = Field(default=None, ge=1)
+    init_from: str = Field(default="pilot", min_length=1)
+    learning_rate: float = Field(default=5e-4, gt=0, allow_inf_nan=False)
+    buffer: int = Field(default=128, ge=1)
+    loss: Literal["rmse", "mse"] = "rmse"
+    include_current: bool = False
+
+
 class TrainSettings(BaseModel):
     """How the loop trains.
 
@@ -35,6 +60,7 @@ class TrainSettings(BaseModel):
         load_best_model_at_end: hand over the weights with the lowest validation loss, not the last ones.
         early_stopping_patience: stop after so many validation losses in a row without a new lowest one.
         mixed_precision: arithmetic of the forward pass; weights stay in their own type.
+        copilot: train a Copilot beside the model; the model itself is trained as without, to the last bit.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -64,6 +90,7 @@ class TrainSettings(BaseModel):
     save_total_limit: int = Field(default=2, ge=1)
     load_best_model_at_end: bool = False
     early_stopping_patience: int | None = Field(default=None, ge=1)
+    copilot: CopilotSettings | None = None
 
     @field_validator("mixed_precision", mode="before")
     @classmethod
