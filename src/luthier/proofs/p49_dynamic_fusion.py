@@ -227,7 +227,7 @@ PROOF = Proof(
     ],
     notes=[
         "In a first run the large base, with tied weights, did not learn to add; it was replaced, the bounds stayed.",
-        "What does not hold was expected to until the first runs: which expert acts follows how far experts move, and "
-        + "on a question of the other skill both move far.",
+        "What does not hold was expected to hold until the first runs, and its bounds are those of before.",
+        "Which expert acts follows how far experts move; asked about the other skill, they move as far.",
     ],
 )
