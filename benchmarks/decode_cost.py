@@ -160,12 +160,14 @@ def ahead(repeats: int) -> dict[str, Any]:
 def memory(repeats: int) -> dict[str, Any]:
     import torch
 
+    from luthier.models import ModelSettings, load_tokenizer
     from luthier.weights import diff
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         model = make(0)
         model.save_pretrained(folder / "base")
+        load_tokenizer(ModelSettings(base="package:luthier/worlds/tiny-lm")).save_pretrained(folder / "base")
         with torch.no_grad():
             for layer in model.model.layers:
                 for name, parameter in layer.named_parameters():

@@ -18,7 +18,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, RESULTS, IMAGES = ROOT / "docs" / "comparisons.md", ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
-STUDY, MERGES, PICTURE = RESULTS / "selective_tunings.json", RESULTS / "real_merge.json", "selective-tunings.svg"
+STUDY, MERGES, DECODING = (RESULTS / f"{name}.json" for name in ("selective_tunings", "real_merge", "real_decode"))
+PICTURE = "selective-tunings.svg"
 
 HEAD = """\
 # Comparisons on a real model
@@ -52,6 +53,15 @@ MERGED = """\
 The base learned to count siblings and to name relations in a family (reasoning-gym's `family_relationships`), each by
 full tuning on 247 rows; then both were merged by each method as it comes. `python benchmarks/real_merge.py` does it
 again.
+"""
+
+
+DECODED = """\
+## A tuning turned up and down at decoding
+
+The LoRA tuning of siblings again, on its base under [`eft`](rooms/decode.md) with several weights: 0 is the base, 1 the
+tuned model, more exaggerates what tuning did. Nothing is trained anew, and base and tuned share one set of weights.
+`python benchmarks/real_decode.py` does it again.
 """
 
 
@@ -102,9 +112,22 @@ def merges() -> list[str]:
     return [MERGED, "\n".join(lines) + "\n"]
 
 
+def decoding() -> list[str]:
+    """The section on a tuning turned up and down."""
+    if not DECODING.is_file():
+        return []
+    record = json.loads(DECODING.read_text(encoding="utf-8"))
+    tasks = list(record["questions"])
+    head = " | ".join(f"{task} ({record['questions'][task]} questions)" for task in tasks)
+    lines = [f"| weight | {head} |", "| ---: " * (len(tasks) + 1) + "|"]
+    for weight, scores in record["weights"].items():
+        lines.append(f"| {weight} | {' | '.join(f'{scores[task]:.0f}' for task in tasks)} |")
+    return [DECODED, "\n".join(lines) + "\n"]
+
+
 def page() -> str:
     """The whole page, a pure function of the records."""
-    return "\n".join([HEAD, *selective(), *merges()])
+    return "\n".join([HEAD, *selective(), *merges(), *decoding()])
 
 
 def main() -> int:

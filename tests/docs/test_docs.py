@@ -57,7 +57,9 @@ def test_a_method_of_a_paper_is_listed_with_its_room(room: str, name: str) -> No
 # -- generated files
 
 
-@pytest.mark.parametrize("script", ["make_catalogue.py", "make_scoreboard.py", "make_speed.py", "draw_house.py"])
+@pytest.mark.parametrize(
+    "script", ["make_catalogue.py", "make_scoreboard.py", "make_speed.py", "make_comparisons.py", "draw_house.py"]
+)
 def test_a_generated_file_is_fresh(root: Path, script: str) -> None:
     done = subprocess.run(
         [sys.executable, str(root / "scripts" / script), "--check"], capture_output=True, text=True, timeout=60
