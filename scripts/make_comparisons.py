@@ -65,6 +65,14 @@ tuned model, more exaggerates what tuning did. Nothing is trained anew, and base
 """
 
 
+UPSCALED = """\
+## A tuning of a small sibling on the whole model
+
+The small sibling is every third block of the same model (63 million numbers), tuned in full on the siblings' task;
+alone it is a poor model of language. `eft` puts what this tuning changed on the whole, untuned model.
+"""
+
+
 def take(study: Path) -> None:
     """The figures and the picture of a study's folder into the records."""
     from pyarrow import parquet
@@ -120,9 +128,15 @@ def decoding() -> list[str]:
     tasks = list(record["questions"])
     head = " | ".join(f"{task} ({record['questions'][task]} questions)" for task in tasks)
     lines = [f"| weight | {head} |", "| ---: " * (len(tasks) + 1) + "|"]
-    for weight, scores in record["weights"].items():
+    for weight, scores in record.get("weights", {}).items():
         lines.append(f"| {weight} | {' | '.join(f'{scores[task]:.0f}' for task in tasks)} |")
-    return [DECODED, "\n".join(lines) + "\n"]
+    parts = [DECODED, "\n".join(lines) + "\n"] if "weights" in record else []
+    if "upscaled" in record:
+        lines = [f"| model | {head} |", "| --- " + "| ---: " * len(tasks) + "|"]
+        for label, scores in record["upscaled"].items():
+            lines.append(f"| {label} | {' | '.join(f'{scores[task]:.0f}' for task in tasks)} |")
+        parts += [UPSCALED, "\n".join(lines) + "\n"]
+    return parts
 
 
 def page() -> str:
