@@ -1,6 +1,6 @@
-"""From ids to words: generation and the likelihood of given continuations.
+"""From ids to words: generation, the likelihood of given continuations, and decoders that mix several models.
 
-Both take a model and lists of token ids, so that prompts are built in exactly one place (`luthier.data.encode`);
+The first two take a model and lists of token ids, so that prompts are built in exactly one place (`luthier.data.encode`);
 `answer_scorer` puts the two together for rows. They work in batches that change nothing: a result does not depend on
 what it was batched with.
 """
@@ -30,12 +30,26 @@ _WHERE = {
     "generate": "luthier.decode.generate",
     "likelihoods": "luthier.decode.likelihood",
 }
-__all__ = ["Generation", "Likelihood", "answer_scorer", "context_length", "generate", "likelihoods"]
+__all__ = [
+    "DynamicFusion",
+    "Eft",
+    "Generation",
+    "Likelihood",
+    "Mixture",
+    "Opened",
+    "answer_scorer",
+    "context_length",
+    "generate",
+    "likelihoods",
+]
 
 if TYPE_CHECKING:
+    from luthier.decode.eft import Eft
+    from luthier.decode.fusion import DynamicFusion
     from luthier.decode.generate import Generation, generate
     from luthier.decode.inputs import context_length
     from luthier.decode.likelihood import Likelihood, likelihoods
+    from luthier.decode.mixture import Mixture, Opened
     from luthier.decode.scoring import answer_scorer
 
 
