@@ -1,8 +1,8 @@
 """From ids to words: generation, the likelihood of given continuations, and decoders that mix several models.
 
 The first two take a model and lists of token ids, so that prompts are built in exactly one place
-(`luthier.data.encode`); `answer_scorer` puts the two together for rows. They work in batches that change nothing: a result does not depend on
-what it was batched with.
+(`luthier.data.encode`); `answer_scorer` puts the two together for rows. They work in batches that change nothing: a
+result does not depend on what it was batched with.
 """
 
 from __future__ import annotations
