@@ -123,7 +123,6 @@ PROOF = Proof(
             lambda runs: mean(runs, "counter_both/eft_1.0") - mean(runs, "counter_both/eft_1.5"),
             ">= 0.1",
             "ours",
-            expected=False,
         ),
         Claim(
             "answers in which weight 0 is not the large base",
