@@ -37,7 +37,8 @@ The same 247 rows of one task (counting brothers and sisters, reasoning-gym's `a
 tuning, LoRA, and every selective tuning of language models; no row rehearses what the base could before. `everyday` are
 60 short questions of everyday knowledge, `prose` is a story's perplexity. Each tuning has the settings in the recipe
 `selective-tunings`: one rate for tunings that step whole tensors, one for those that step few entries, one for low-rank
-ones; rates were not searched. `luthier run selective-tunings` does it again.
+ones; rates were not searched. Times are of one thread beside other work on the machine (see [speed](speed.md) for fair
+ones). `luthier run selective-tunings` does it again.
 """
 
 READING = """\
