@@ -59,7 +59,9 @@ def sibling(folder: Path) -> tuple[str, str]:
     asked["name"], asked["model"]["base"] = "sibling", str(folder / "sibling")
     asked["tune"]["train"] = {**asked["tune"]["train"], "learning_rate": 3.0e-4, "num_train_epochs": 4}
     lt.run(asked, runs=folder, until="tune")
-    return str(folder / "sibling"), str(next(folder.glob("sibling-*/4-tune/tuned")))
+    tuned = next(folder.glob("sibling-*/4-tune/tuned"))
+    loaded.tokenizer.save_pretrained(tuned)
+    return str(folder / "sibling"), str(tuned)
 
 
 def main() -> None:
