@@ -70,7 +70,9 @@ UPSCALED = """\
 ## A tuning of a small sibling on the whole model
 
 The small sibling is every third block of the same model (63 million numbers), tuned in full on the siblings' task;
-alone it is a poor model of language. `eft` puts what this tuning changed on the whole, untuned model.
+alone it says nothing of use. `eft` puts what this tuning changed on the whole, untuned model. It does not pay here: a
+model with blocks left out is a poor sibling, and what tuning does to it is mostly repair, which the whole model does not
+need. In the [world of entities](proofs.md), where the small model is one of its own, up-scaling does what it promises.
 """
 
 
