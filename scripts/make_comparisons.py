@@ -71,8 +71,9 @@ UPSCALED = """\
 
 The small sibling is every third block of the same model (63 million numbers), tuned in full on the siblings' task;
 alone it says nothing of use. `eft` puts what this tuning changed on the whole, untuned model. It does not pay here: a
-model with blocks left out is a poor sibling, and what tuning does to it is mostly repair, which the whole model does not
-need. In the [world of entities](proofs.md), where the small model is one of its own, up-scaling does what it promises.
+model with blocks left out is a poor sibling, and what tuning does to it is mostly repair, which the whole model does
+not need. In the [world of entities](proofs.md), where the small model is one of its own, up-scaling does what it
+promises.
 """
 
 
