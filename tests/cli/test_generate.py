@@ -85,6 +85,7 @@ def test_a_recipe_and_its_overrides(luthier, tmp_path):
         ((TINY, "--decoder", "eft", "-p", "x"), None, "name one model"),
         (("--decoder", "efd", "-p", "x"), None, "did you mean 'eft'"),
         (("--decoder", "eft", "--set", f"base={TINY}", "-p", "x"), None, "decoder.tuned: Field required"),
+        (("--decoder", "eft", "--set", "bse=x", "-p", "x"), None, "unknown key 'bse'; did you mean 'base'"),
         ((TINY, "-p", ""), None, "--prompt:1: the prompt is empty"),
         ((TINY,), "", "there is no prompt"),
         ((TINY,), "{broken", "standard input:1: not valid JSON"),
@@ -112,3 +113,12 @@ def test_an_answer_file_is_not_overwritten(luthier, tmp_path):
     assert code == 2
     assert "this place is taken" in error
     assert out.read_text(encoding="utf-8") == "mine"
+
+
+def test_what_a_broken_run_left_is_not_overwritten(luthier, tmp_path):
+    part = tmp_path / "out.jsonl.part"
+    part.write_text("mine", encoding="utf-8")
+    code, _, error = luthier("generate", TINY, "-p", "x", "-o", tmp_path / "out.jsonl")
+    assert code == 2
+    assert "a run that broke off" in error
+    assert part.read_text(encoding="utf-8") == "mine"

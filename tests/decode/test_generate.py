@@ -180,3 +180,12 @@ def test_where_no_end_is_wanted_texts_are_as_long_as_asked(name, make_model, tok
     ended = generate(model, tokenizer, prompts, max_new_tokens=8, temperature=3.0)
     for whole, answer in zip(free, ended, strict=True):
         assert answer.ids == whole.ids[: len(answer.ids)] and answer.finished == (2 in whole.ids)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_of_broken_weights_is_refused(make_model, tokenizer, temperature):
+    model = make_model("llama", 11)
+    with torch.no_grad():
+        model.lm_head.weight[5] = float("nan")
+    with pytest.raises(InputError, match="are not numbers"):
+        generate(model, tokenizer, [[5, 6]], max_new_tokens=3, temperature=temperature)

@@ -73,3 +73,10 @@ def test_models_that_cannot_go_back_are_refused(make_model, tokenizer):
     model = opened(Eft(base=make_model("mamba", 0), tuned=make_model("llama", 1), speculative=2), tokenizer)
     with pytest.raises(InputError, match="carries a state"):
         generate(model, tokenizer, PROMPTS, max_new_tokens=4)
+
+
+def test_logprobs_of_what_is_written_ahead_are_refused(make_model, tokenizer):
+    models = dict(zip(("base", "tuned", "tuned_base"), (make_model("llama", s) for s in range(3)), strict=True))
+    model = opened(Eft(**models, speculative=2), tokenizer)
+    with pytest.raises(InputError, match="kept token by token"):
+        generate(model, tokenizer, PROMPTS, max_new_tokens=4, keep_logprobs=True)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from luthier.errors import InputError
+from luthier.errors import CrashError, InputError
 
 EXAMPLES = (
     'Examples: luthier generate runs/quickstart-1/release --prompt "How are you?" | '
@@ -110,8 +110,13 @@ def _formats(given: Sequence[str]) -> dict[str, str]:
 
 
 def _write(records: Iterable[dict[str, Any]], output: Path) -> None:
-    """Into a file beside, which takes its name when all is written; what was written before a failure stays there."""
-    aside = output.with_name(f".{output.name}.part")
+    """Into a file beside, which takes its name when all is written; what was written before a failure stays there, and
+    no later run writes over it."""
+    from luthier.models.files import is_full
+
+    aside = output.with_name(f"{output.name}.part")
+    if aside.exists():
+        raise InputError("holds the answers of a run that broke off", where=str(aside), fix="move it, or delete it")
     try:
         with aside.open("w", encoding="utf-8") as file:
             for record in records:
@@ -120,6 +125,8 @@ def _write(records: Iterable[dict[str, Any]], output: Path) -> None:
             os.fsync(file.fileno())
         aside.replace(output)
     except OSError as error:
+        if is_full(error):
+            raise CrashError(f"the disk is full; what was answered is in {aside}") from None
         raise InputError(f"cannot be written: {error.strerror}", where=str(output)) from None
 
 

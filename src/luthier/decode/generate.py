@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import BaseStreamer
 
 from luthier.decode.inputs import check_ids, context_length, end_ids
@@ -133,7 +133,7 @@ def generate(
                 room,
                 ends,
                 watch,
-                sampler.processors(here, [first_number + i for i in batch]),
+                LogitsProcessorList([_Numbers(), *sampler.processors(here, [first_number + i for i in batch])]),
                 streamer,
             )
         logs = _logs(model, new) if keep_logprobs else [{}] * len(batch)
@@ -210,6 +210,8 @@ def _own(model: nn.Module, prompts: Prompts, given: Mapping[str, Prompts] | None
         if len(theirs) != len(prompts):
             raise InputError(f"{len(theirs)} prompts for {len(prompts)}", where=name)
         check_ids(model.opened[name].model, theirs, f"{name} prompt")
+    if logs and model.decoder.draft:
+        raise InputError("log-probabilities of terms are kept token by token, not written ahead", fix="speculative: 0")
     model.keeps_logs = logs
     return {name: (given or {}).get(name, prompts) for name in model.terms}
 
@@ -352,6 +354,15 @@ class _Watch(StoppingCriteria):
         """Whether the last tokens of a text hold a stop string."""
         text = self.tokenizer.decode(ids[-self.tail :], skip_special_tokens=True)
         return any(word in text for word in self.stop)
+
+
+class _Numbers(LogitsProcessor):
+    """Refuses scores that are not numbers: a model with broken weights would otherwise write some token."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if bool(scores.isnan().any()):
+            raise InputError("the next token's scores are not numbers", fix="look for NaN or infinity in the weights")
+        return scores
 
 
 class _Tell(BaseStreamer):

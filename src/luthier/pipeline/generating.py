@@ -22,8 +22,8 @@ from luthier.decode.generate import Tell, generate
 from luthier.decode.mixture import Mixture
 from luthier.decode.opening import open_decoder
 from luthier.decode.prompts import prompt_text, term_prompts
-from luthier.errors import InputError
-from luthier.methods import build
+from luthier.errors import InputError, did_you_mean
+from luthier.methods import build, find
 from luthier.pipeline.recipe_text import override, parse, read_text
 
 CHUNK = 256  # rows that are held at a time
@@ -77,9 +77,13 @@ def read_decoder(source: Path | Mapping[str, Any], settings: Sequence[str] = ())
         assert isinstance(decoder, Decoder)
         return Asked(decoder, **{key: part for key, part in value.items() if key != "decoder"})
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join([name, *map(str, first["loc"])])
-        raise InputError(first["msg"].removeprefix("Value error, ").rstrip("."), where=where) from None
+        complaints = error.errors(include_url=False)
+        first = next((one for one in complaints if one["type"] == "extra_forbidden"), complaints[0])
+        key = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            known = [*find("decode", str(made["method"])).model_fields]
+            raise InputError(f"unknown key {key!r}", where=name, fix=did_you_mean(key, known)) from None
+        raise InputError(first["msg"].removeprefix("Value error, ").rstrip("."), where=f"{name}.{key}") from None
     except ValueError as error:
         raise InputError(str(error).rstrip("."), where=name) from None
 
