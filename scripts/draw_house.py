@@ -33,6 +33,7 @@ WORK = {
     "reports": "HTML and Markdown",
     "findings": "what a check noticed",
     "errors": "what a user is told",
+    "lazy": "names, fetched on first use",
 }
 # Planned rooms by the built room whose floor they will share; `above:` asks for a floor of their own above it.
 PLANNED = {
