@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 import yaml
+
 from shapes import SMOLLM2_135M
 
 HERE = Path(__file__).parent

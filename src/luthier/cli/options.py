@@ -25,7 +25,10 @@ def bar(title: str, *columns: ProgressColumn, quiet: bool = False) -> Iterator[C
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeRemainingColumn
 
-    shown = (title, BarColumn(), *(columns or (TaskProgressColumn(),)), TimeRemainingColumn())
-    with Progress(*shown, console=Console(stderr=True), transient=True, disable=quiet) as progress:
+    between = columns or (TaskProgressColumn(),)
+    shown = Progress(
+        title, BarColumn(), *between, TimeRemainingColumn(), console=Console(stderr=True), transient=True, disable=quiet
+    )
+    with shown as progress:
         task = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
