@@ -28,19 +28,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from shapes import SMOLLM2_135M
+
 OUT = Path(__file__).parent / "results" / "decode_cost.json"
 TARGETS = {"mixture": 1.1, "ahead": 1.5, "memory": 1.15}
-SHAPE = {
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "tie_word_embeddings": True,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+SHAPE = {**SMOLLM2_135M, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 NEW = 32
 
 
@@ -49,7 +41,7 @@ def make(seed: int, **changes: Any) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**{"vocab_size": 49152, **SHAPE, **changes})).eval()
+    model = LlamaForCausalLM(LlamaConfig(**{**SHAPE, **changes})).eval()
     model.generation_config.eos_token_id = None  # all write the same number of tokens
     return model
 

@@ -28,6 +28,8 @@ from typing import Any
 import torch
 import yaml
 
+from shapes import SMOLLM2_135M
+
 HERE = Path(__file__).parent
 OUT = HERE / "results" / "merge_speed.json"
 # case: (Luthier's settings, mergekit's method, its parameters for all and for each model, wanted speed and memory)
@@ -57,16 +59,7 @@ def make_models(folder: Path) -> tuple[Path, list[Path]]:
     """Base and three models, once."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-        torch_dtype="bfloat16",
-    )
+    config = LlamaConfig(**SMOLLM2_135M, torch_dtype="bfloat16")
     torch.manual_seed(0)
     base = LlamaForCausalLM(config).bfloat16()
     base.save_pretrained(folder / "base")

@@ -9,8 +9,9 @@ import json
 import time
 from pathlib import Path
 
-import sft_worker
 from torch.profiler import ProfilerActivity, profile
+
+import sft_worker
 
 OUT = Path(__file__).parent / "results" / "profile.json"
 ROWS = 192

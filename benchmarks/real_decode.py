@@ -20,12 +20,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from real_merge import BASE, judges, recipe
-
 import luthier as lt
 from luthier.data.settings import DataSettings
 from luthier.decode import Eft, Mixture, Single, open_decoder
 from luthier.evaluate.task import Context
+from real_merge import BASE, judges, recipe
 
 OUT = Path(__file__).parent / "results" / "real_decode.json"
 WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5)

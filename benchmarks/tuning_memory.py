@@ -23,6 +23,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from shapes import SMOLLM2_135M
+
 OUT = Path(__file__).parent / "results" / "tuning_memory.json"
 STEPS = 20
 TUNINGS: dict[str, dict[str, Any]] = {
@@ -76,17 +78,7 @@ def measure(name: str, size: str) -> None:
 
     tokens, checkpointing = SIZES[size]
     torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=49152,
-            hidden_size=576,
-            intermediate_size=1536,
-            num_hidden_layers=30,
-            num_attention_heads=9,
-            num_key_value_heads=3,
-            tie_word_embeddings=True,
-        )
-    )
+    model = LlamaForCausalLM(LlamaConfig(**SMOLLM2_135M))
     start = peak()
     settings = TrainSettings(effective_batch_size=1, num_train_epochs=1, gradient_checkpointing=checkpointing)
     rows = Rows(tokens)

@@ -9,13 +9,10 @@ that keeps them. Rooms that are planned are drawn with a broken line on the floo
 
 from __future__ import annotations
 
-import argparse
-import os
-import sys
 import tomllib
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from pages import ROOT, bring_up_to_date, command_line
+
 PICTURE = ROOT / "docs" / "images" / "house.svg"
 
 FONT = 'font-family="system-ui, sans-serif" font-size="14"'
@@ -36,6 +33,7 @@ WORK = {
     "reports": "HTML and Markdown",
     "findings": "what a check noticed",
     "errors": "what a user is told",
+    "lazy": "names, fetched on first use",
 }
 # Planned rooms by the built room whose floor they will share; `above:` asks for a floor of their own above it.
 PLANNED = {
@@ -95,20 +93,9 @@ def _room(name: str, built: bool, left: float, top: float, width: float) -> str:
 
 
 def main() -> int:
-    """Write or check the picture; 1 when `--check` finds it stale."""
-    parser = argparse.ArgumentParser(description="Draw docs/images/house.svg from the import contract.")
-    parser.add_argument("--check", action="store_true", help="write nothing, exit 1 if the picture is stale")
-    text = picture()
-    if parser.parse_args().check:
-        if PICTURE.is_file() and PICTURE.read_text(encoding="utf-8") == text:
-            return 0
-        print("docs/images/house.svg is stale; run `python scripts/draw_house.py`", file=sys.stderr)
-        return 1
-    PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    aside = PICTURE.with_suffix(".svg.part")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, PICTURE)
-    return 0
+    """Write or check the picture."""
+    arguments = command_line("Draw docs/images/house.svg from the import contract.").parse_args()
+    return bring_up_to_date({PICTURE: picture()}, __file__, check=arguments.check)
 
 
 if __name__ == "__main__":

@@ -8,14 +8,12 @@ The page is a pure function of the catalogue: same rows in, same bytes out.
 
 from __future__ import annotations
 
-import argparse
-import os
 import re
 import sys
 from collections import Counter
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from pages import ROOT, bring_up_to_date, command_line
+
 PAGE = ROOT / "docs" / "papers.md"
 sys.path.insert(0, str(ROOT / "src"))
 
@@ -70,20 +68,9 @@ def page(papers: tuple[Paper, ...]) -> str:
 
 
 def main() -> int:
-    """Write or check the page; 0 when it is up to date afterwards, 1 when `--check` finds it stale."""
-    parser = argparse.ArgumentParser(description="Write docs/papers.md from the catalogue.")
-    parser.add_argument("--check", action="store_true", help="write nothing, exit 1 if the page is stale")
-    arguments = parser.parse_args()
-    text = page(catalogue())
-    if arguments.check:
-        if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text:
-            return 0
-        print("docs/papers.md is stale; run `python scripts/make_catalogue.py`", file=sys.stderr)
-        return 1
-    aside = PAGE.with_suffix(".md.part")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, PAGE)
-    return 0
+    """Write or check the page."""
+    arguments = command_line("Write docs/papers.md from the catalogue.").parse_args()
+    return bring_up_to_date({PAGE: page(catalogue())}, __file__, check=arguments.check)
 
 
 if __name__ == "__main__":

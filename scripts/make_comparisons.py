@@ -9,14 +9,13 @@ python scripts/make_comparisons.py --check                       write nothing; 
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from pages import ROOT, bring_up_to_date, command_line
+
 PAGE, RESULTS, IMAGES = ROOT / "docs" / "comparisons.md", ROOT / "benchmarks" / "results", ROOT / "docs" / "images"
 STUDY, MERGES, DECODING = (RESULTS / f"{name}.json" for name in ("selective_tunings", "real_merge", "real_decode"))
 PICTURE = "selective-tunings.svg"
@@ -149,22 +148,14 @@ def page() -> str:
 
 
 def main() -> int:
-    """Write or check the page; 0 when it is up to date afterwards, 1 when `--check` finds it stale."""
-    parser = argparse.ArgumentParser(description="Write docs/comparisons.md from the records.")
-    parser.add_argument("--check", action="store_true", help="write nothing, exit 1 if the page is stale")
+    """Take a study's figures where one is named; write or check the page."""
+    parser = command_line("Write docs/comparisons.md from the records.")
     parser.add_argument("--study", type=Path, help="run folder of the study, whose figures become the record")
     arguments = parser.parse_args()
     if arguments.study:
         take(arguments.study)
-    text = page()
-    if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text:
-        return 0
-    if arguments.check:
-        print("docs/comparisons.md is stale; run python scripts/make_comparisons.py", file=sys.stderr)
-        return 1
-    PAGE.write_text(text, encoding="utf-8")
-    return 0
+    return bring_up_to_date({PAGE: page()}, __file__, check=arguments.check)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

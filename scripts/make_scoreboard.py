@@ -8,13 +8,12 @@ The page is a pure function of the records and the catalogue.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from pages import ROOT, bring_up_to_date, command_line
+
 PAGE, PICTURES = ROOT / "docs" / "proofs.md", ROOT / "docs" / "images" / "proofs"
 RECORDS = ROOT / "src" / "luthier" / "proofs" / "results"
 sys.path.insert(0, str(ROOT / "src"))
@@ -74,22 +73,11 @@ def page() -> str:
 
 
 def main() -> int:
-    """Write or check the page; 0 when it is up to date afterwards, 1 when `--check` finds it stale."""
-    parser = argparse.ArgumentParser(description="Write docs/proofs.md from the recorded proofs.")
-    parser.add_argument("--check", action="store_true", help="write nothing, exit 1 if the page is stale")
-    arguments = parser.parse_args()
-    wanted = {PAGE: page().encode()}
-    wanted |= {PICTURES / path.name: path.read_bytes() for path in sorted(RECORDS.glob("*.svg"))}
-    stale = [path for path, data in wanted.items() if not path.is_file() or path.read_bytes() != data]
-    if arguments.check:
-        for path in stale:
-            print(f"{path.relative_to(ROOT)} is stale; run python scripts/make_scoreboard.py", file=sys.stderr)
-        return int(bool(stale))
-    for path in stale:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(wanted[path])
-    return 0
+    """Write or check the page and its pictures."""
+    arguments = command_line("Write docs/proofs.md from the recorded proofs.").parse_args()
+    pictures = {PICTURES / path.name: path.read_bytes() for path in sorted(RECORDS.glob("*.svg"))}
+    return bring_up_to_date({PAGE: page(), **pictures}, __file__, check=arguments.check)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

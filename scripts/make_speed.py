@@ -6,13 +6,11 @@ python scripts/make_speed.py --check    write nothing; exit 1 if the page is sta
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from pages import ROOT, bring_up_to_date, command_line
+
 PAGE, RESULTS = ROOT / "docs" / "speed.md", ROOT / "benchmarks" / "results"
 
 HEAD = """\
@@ -193,19 +191,10 @@ def mixing() -> list[str]:
 
 
 def main() -> int:
-    """Write or check the page; 0 when it is up to date afterwards, 1 when `--check` finds it stale."""
-    parser = argparse.ArgumentParser(description="Write docs/speed.md from the recorded benchmarks.")
-    parser.add_argument("--check", action="store_true", help="write nothing, exit 1 if the page is stale")
-    arguments = parser.parse_args()
-    text = page()
-    if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text:
-        return 0
-    if arguments.check:
-        print("docs/speed.md is stale; run python scripts/make_speed.py", file=sys.stderr)
-        return 1
-    PAGE.write_text(text, encoding="utf-8")
-    return 0
+    """Write or check the page."""
+    arguments = command_line("Write docs/speed.md from the recorded benchmarks.").parse_args()
+    return bring_up_to_date({PAGE: page()}, __file__, check=arguments.check)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -16,6 +16,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from luthier.lazy import fetched
+
 __version__ = "0.1.0"
 
 _WHERE = {
@@ -65,13 +67,13 @@ if TYPE_CHECKING:
     from luthier.pipeline.recycle import recycle
     from luthier.pipeline.run import resume, run
 
+_fetch = fetched(__name__, _WHERE)
+
 
 def __getattr__(name: str) -> Any:
     if name in ("decode", "merge"):  # rooms; `lt.merge(...)` is its own verb
         return importlib.import_module(f"luthier.{name}")
-    if name in _WHERE:
-        return getattr(importlib.import_module(_WHERE[name]), name)
-    raise AttributeError(f"module 'luthier' has no attribute {name!r}")
+    return _fetch(name)
 
 
 def __dir__() -> list[str]:

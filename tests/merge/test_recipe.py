@@ -1,7 +1,6 @@
 """Recipes of merges, the command, and that neither needs more memory for a larger model."""
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -15,6 +14,7 @@ from luthier.cli import app
 from luthier.errors import InputError
 from luthier.pipeline.merging import merge_models, plan_merge, read_recipe
 from luthier.weights import Weights
+from own_memory import printed
 
 
 @pytest.fixture
@@ -131,9 +131,10 @@ def test_the_command_says_what_is_missing():
 
 
 CHILD = """
-import sys, threading, time
+import sys
 from pathlib import Path
 import torch
+from own_memory import Peak
 import luthier as lt
 import luthier.merge.run, luthier.merge.ties, luthier.weights.kernels
 from luthier.weights import write_weights
@@ -153,24 +154,9 @@ for number in range(3):
             yield values[: infos[name].elements - start]
     write_weights(folder / str(number), infos, read, shard_bytes=10**8)
 
-def own():
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
-
-start, peak, running = own(), 0, True
-
-def watch():
-    global peak
-    while running:
-        peak = max(peak, own())
-        time.sleep(0.001)
-
-watcher = threading.Thread(target=watch)
-watcher.start()
-lt.merge("ties", base=folder / "0", models=[folder / "1", folder / "2"], out=folder / "out")
-running = False
-watcher.join()
-print(peak - start)
+with Peak() as peak:
+    lt.merge("ties", base=folder / "0", models=[folder / "1", folder / "2"], out=folder / "out")
+print(peak.bytes)
 """
 
 
@@ -179,5 +165,4 @@ print(peak - start)
 def test_memory_does_not_grow_with_the_model(tmp_path):
     """480 MB of weights in three models, thresholds over all of them. About six tiles are under way on two cores, each
     with a dozen tensors of 1 MiB; threads have heaps of their own."""
-    done = subprocess.run([sys.executable, "-c", CHILD, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 200 * 2**20
+    assert int(printed(CHILD, tmp_path)) < 200 * 2**20

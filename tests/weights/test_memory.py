@@ -1,17 +1,19 @@
 """Memory: a delta is made, applied and removed in pieces, whatever the size of the model or of its largest tensor."""
 
 import json
-import subprocess
 import sys
 
 import pytest
 
+from own_memory import printed
+
 LIMIT = 64 * 2**20  # bytes of its own that a process may take beside its imports, for weights of 8 times that
 
 CHILD = """
-import json, sys, threading, time
+import json, sys
 from pathlib import Path
 import torch
+from own_memory import Peak
 from luthier.weights import Delta, content_hash, diff, write_weights, Weights
 from luthier.weights.info import Info
 import luthier.weights.adapter
@@ -35,37 +37,20 @@ def write(name, tuned):
     (folder / name).mkdir()
     write_weights(folder / name, infos, read, shard_bytes=10**8)
 
-def own():
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
-
 write("base", False)
 write("tuned", True)
-start, peak, running = own(), 0, True
-
-def watch():
-    global peak
-    while running:
-        peak = max(peak, own())
-        time.sleep(0.001)
-
-watcher = threading.Thread(target=watch)
-watcher.start()
-delta = diff(folder / "base", folder / "tuned", folder / "delta")
-delta.apply(folder / "base", folder / "again")
-delta.remove(folder / "again", folder / "back")
-running = False
-watcher.join()
+with Peak() as peak:
+    delta = diff(folder / "base", folder / "tuned", folder / "delta")
+    delta.apply(folder / "base", folder / "again")
+    delta.remove(folder / "again", folder / "back")
 same = delta.about["tuned"] == content_hash(Weights.open(folder / "again"))
 same = same and delta.about["base"] == content_hash(Weights.open(folder / "back"))
-print(json.dumps({"peak": peak - start, "bytes": sum(info.bytes for info in infos.values()), "same": same}))
+print(json.dumps({"peak": peak.bytes, "bytes": sum(info.bytes for info in infos.values()), "same": same}))
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_does_not_grow_with_the_model(tmp_path):
-    done = subprocess.run([sys.executable, "-c", CHILD, tmp_path], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = json.loads(printed(CHILD, tmp_path))
     assert found["same"] and found["bytes"] > 7.5 * LIMIT and 0 < found["peak"] < LIMIT, found

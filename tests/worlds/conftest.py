@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
+import importlib
 
 import pytest
 
 
 @pytest.fixture(scope="session")
 def script():
-    path = Path(__file__).resolve().parents[2] / "scripts" / "pretrain_tiny.py"
-    spec = importlib.util.spec_from_file_location("pretrain_tiny", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("pretrain_tiny")
 
 
 @pytest.fixture(scope="session")

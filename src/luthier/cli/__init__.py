@@ -26,6 +26,7 @@ from luthier.cli.generate import EXAMPLES as GENERATE_EXAMPLES
 from luthier.cli.generate import generate as generate_command
 from luthier.cli.merge import EXAMPLES as MERGE_EXAMPLES
 from luthier.cli.merge import merge as merge_command
+from luthier.cli.options import AsJson, Quiet
 from luthier.errors import ElsewhereError, InputError, LuthierError
 
 app = typer.Typer(
@@ -42,7 +43,6 @@ app.command("generate", epilog=GENERATE_EXAMPLES)(generate_command)
 app.command("analyze", epilog=ANALYZE_EXAMPLES)(analyze_command)
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings to change, such as tune.rank=8.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Allow = Annotated[list[str] | None, typer.Option("--allow", help="Code of a finding that may not stop the run.")]
 Until = Annotated[str | None, typer.Option("--until", help="Last stage to run.")]
 Runs = Annotated[Path, typer.Option("--runs", help="Folder of the run folders.")]
@@ -93,7 +93,7 @@ def run(
     runs: Runs = Path("runs"),
     until: Until = None,
     allow: Allow = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Run a recipe: data, model, environment, tune, evaluate, deploy, monitor, in a new run folder."""
     from luthier.pipeline.run import run as work
@@ -111,7 +111,7 @@ def resume(
     from_stage: Annotated[str | None, typer.Option("--from", help="Run this stage and those after it again.")] = None,
     until: Until = None,
     allow: Allow = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Go on with an interrupted run, to the result that it would have had."""
     from luthier.pipeline.run import resume as work

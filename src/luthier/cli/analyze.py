@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from luthier.cli.options import Quiet, bar
 from luthier.cli.words import told_apart
 from luthier.errors import InputError
 
@@ -36,7 +36,7 @@ def analyze(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Analyse a tuning by its base and its outcome; a run that broke off goes on when it is called again."""
     words, chosen = told_apart(given or [], settings or [])
@@ -86,6 +86,7 @@ def _run(
     quiet: bool,
 ) -> Report:
     import torch
+    from rich.progress import MofNCompleteColumn
 
     from luthier.analyze import Pair
     from luthier.data.read import import_callable, read_rows
@@ -105,19 +106,8 @@ def _run(
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"there is no such device here ({str(error).splitlines()[0]})", where="--device") from None
     pair = Pair(models[0], models[1], loaded[1].tokenizer, loaded[0].tokenizer)
-    with _bar(method.method, quiet) as progress:
+    with bar(method.method, MofNCompleteColumn(), quiet=quiet) as progress:
         return method.run(pair, read, out=output, progress=progress, **more)
-
-
-@contextmanager
-def _bar(title: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    columns = (title, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as progress:
-        task = progress.add_task(title, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def _told(summary: dict[str, Any], output: Path) -> str:

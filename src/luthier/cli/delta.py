@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from luthier.cli.options import AsJson, bar
+
 app = typer.Typer(
     name="delta",
     help="What a tuning changed, in a folder of its own: make it, apply it, take it back, look at it.",
@@ -21,12 +23,8 @@ Out = Annotated[Path, typer.Option("--output", "-o", help="New folder.")]
 
 @contextmanager
 def _bar(title: str) -> Iterator[Callable[[str, int, int], None]]:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(title, total=None)
-        yield lambda name, done, total: progress.update(task, completed=done, total=total)
+    with bar(title) as say:
+        yield lambda name, done, total: say(done, total)
 
 
 @app.command(epilog="Examples: luthier delta diff BASE TUNED -o DELTA | luthier delta diff BASE ADAPTER -o DELTA")
@@ -77,7 +75,7 @@ def remove(
 @app.command(epilog="Example: luthier delta info DELTA --json")
 def info(
     delta: Annotated[Path, typer.Argument(help="The delta's folder.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Its kind, its base, and how much changed."""
     from luthier.weights import Delta

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from luthier.cli.options import AsJson, Quiet, bar
 from luthier.cli.words import told_apart
 from luthier.errors import InputError
 
@@ -37,10 +36,12 @@ def merge(
     ] = None,
     vocabulary: Annotated[str, typer.Option(help="When tokenizers differ: refuse, or map to the base's.")] = "refuse",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would happen; write nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Merge models of one shape into one, tensor by tensor, whatever their size."""
+    from rich.progress import DownloadColumn, TransferSpeedColumn
+
     from luthier.data.read import import_callable
     from luthier.pipeline.merging import merge_models, plan_merge, read_recipe
 
@@ -59,7 +60,7 @@ def merge(
         return
     if output is None:
         raise InputError("no place for the outcome is named", where="--output", fix="name a new folder with -o")
-    with _bar(quiet) as say:
+    with bar("merge", DownloadColumn(), TransferSpeedColumn(), quiet=quiet) as say:
         result = merge_models(
             asked, output, data=data, evaluate=import_callable(evaluate) if evaluate else None, say=say
         )
@@ -69,17 +70,6 @@ def merge(
         print(json.dumps({key: value for key, value in result.report.items() if key != "tensors"}, indent=2))
         return
     print(_summary(result.report, output))
-
-
-@contextmanager
-def _bar(quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = ("merge", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as progress:
-        task = progress.add_task("merge", total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def _print_plan(found: dict[str, Any], as_json: bool) -> None:

@@ -26,10 +26,9 @@ Importing this package imports neither torch nor transformers; each name is fetc
 
 from __future__ import annotations
 
-import importlib
-import sys
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from luthier.lazy import fetched, not_hidden_by_modules
 
 METHODS: dict[str, str] = {
     "perplexity": "luthier.data.perplexity:PerplexityFilter",
@@ -103,19 +102,5 @@ if TYPE_CHECKING:
     from luthier.data.settings import DataSettings, Source
     from luthier.data.store import Encodings, encode_split
 
-
-def __getattr__(name: str) -> Any:
-    if name in _WHERE:
-        return getattr(importlib.import_module(_WHERE[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-class _Room(ModuleType):
-    """Keeps `prepare` and `encode` the functions: importing the modules of the same names would put those there."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _WHERE and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Room
+__getattr__ = fetched(__name__, _WHERE)
+not_hidden_by_modules(__name__, _WHERE)

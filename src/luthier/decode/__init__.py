@@ -10,10 +10,9 @@ on what it was batched with.
 
 from __future__ import annotations
 
-import importlib
-import sys
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from luthier.lazy import fetched, not_hidden_by_modules
 
 METHODS = {
     "alpha-scaling": "luthier.decode.alpha_scaling:AlphaScaling",
@@ -90,19 +89,5 @@ if TYPE_CHECKING:
     from luthier.decode.single import Single
     from luthier.decode.transfer_q import TransferQ
 
-
-def __getattr__(name: str) -> Any:
-    if name in _WHERE:
-        return getattr(importlib.import_module(_WHERE[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-class _Room(ModuleType):
-    """Keeps `generate` the function: importing the module of the same name would put that in its place."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _WHERE and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Room
+__getattr__ = fetched(__name__, _WHERE)
+not_hidden_by_modules(__name__, _WHERE)

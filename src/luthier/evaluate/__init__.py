@@ -19,8 +19,9 @@ either, `report` tasks are only told. The gates (`luthier.evaluate.gates`) turn 
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from luthier.lazy import fetched
 
 METHODS = {
     "choice": "luthier.evaluate.choice:Choice",
@@ -78,8 +79,4 @@ if TYPE_CHECKING:
     from luthier.evaluate.suite import check_rows, examples, load_rows, notices, run_tasks, table
     from luthier.evaluate.task import Context, Item, Task
 
-
-def __getattr__(name: str) -> Any:
-    if name in _WHERE:
-        return getattr(importlib.import_module(_WHERE[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = fetched(__name__, _WHERE)

@@ -9,10 +9,11 @@ nothing heavy. The room itself can be called: `lt.merge(...)` is `luthier.merge.
 
 from __future__ import annotations
 
-import importlib
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from luthier.lazy import fetched
 
 METHODS = {
     "antidote": "luthier.merge.antidote:Antidote",
@@ -57,11 +58,7 @@ if TYPE_CHECKING:
     from luthier.merge.run import MergeResult, merge
     from luthier.merge.search import SearchResult, merge_search
 
-
-def __getattr__(name: str) -> Any:
-    if name in _WHERE:
-        return getattr(importlib.import_module(_WHERE[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = fetched(__name__, _WHERE)
 
 
 class _Room(ModuleType):

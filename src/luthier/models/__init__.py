@@ -14,8 +14,9 @@ by its weights-only loader.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from luthier.lazy import fetched
 
 _WHERE = {
     "Block": "luthier.models.topology",
@@ -66,11 +67,7 @@ if TYPE_CHECKING:
     from luthier.models.tokens import align_tokenizer, load_tokenizer
     from luthier.models.topology import Block, Stack, Topology
 
-
-def __getattr__(name: str) -> Any:
-    if name in _WHERE:
-        return getattr(importlib.import_module(_WHERE[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = fetched(__name__, _WHERE)
 
 
 def __dir__() -> list[str]:

@@ -7,8 +7,9 @@ objectives stand on one primitive, `token_logprobs`: the log-probability of each
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from luthier.lazy import fetched
 
 METHODS = {
     "sft": "luthier.objectives.sft:Sft",
@@ -39,8 +40,4 @@ if TYPE_CHECKING:
     from luthier.objectives.sft import Sft
     from luthier.objectives.weighted import Weighted, objective_of
 
-
-def __getattr__(name: str) -> Any:
-    if name in _WHERE:
-        return getattr(importlib.import_module(_WHERE[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = fetched(__name__, _WHERE)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from luthier.lazy import fetched
 
 _WHERE = {
     "Recipe": "luthier.pipeline.recipe",
@@ -17,8 +18,4 @@ if TYPE_CHECKING:
     from luthier.pipeline.recipe import Recipe, dump_recipe, load_recipe
     from luthier.pipeline.run import RunResult
 
-
-def __getattr__(name: str) -> Any:
-    if name in _WHERE:
-        return getattr(importlib.import_module(_WHERE[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = fetched(__name__, _WHERE)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from luthier.lazy import fetched
+
+_WHERE = {"write_report": "luthier.reports.report"}
 __all__ = ["write_report"]
 
 if TYPE_CHECKING:
     from luthier.reports.report import write_report
 
-
-def __getattr__(name: str) -> Any:
-    if name == "write_report":
-        return importlib.import_module("luthier.reports.report").write_report
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = fetched(__name__, _WHERE)

@@ -5,8 +5,9 @@ No method owns a loop of its own; what a method must do around a step it does th
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from luthier.lazy import fetched
 
 _WHERE = {
     "TrainSettings": "luthier.train.settings",
@@ -47,8 +48,4 @@ if TYPE_CHECKING:
     from luthier.train.settings import CopilotSettings, TrainSettings
     from luthier.train.span import Span
 
-
-def __getattr__(name: str) -> Any:
-    if name in _WHERE:
-        return getattr(importlib.import_module(_WHERE[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = fetched(__name__, _WHERE)

@@ -1,7 +1,7 @@
 """Settings of `tune.train`: how long, how fast, in which batches. Names are those of transformers' TrainingArguments
-where one exists; three are ours because that class has no words for them: `effective_batch_size` (rows per optimiser
-step, over all devices), `min_steps_per_epoch` (a cap on it for small sets) and `max_tokens_per_device` (the size of a
-micro-batch, padding included).
+where one exists; `mixed_precision` is accelerate's, `early_stopping_patience` that of transformers' callback. Ours are
+`effective_batch_size` (rows per optimiser step, over all devices), `min_steps_per_epoch` (a cap on it for small sets),
+`max_tokens_per_device` (the size of a micro-batch, padding included) and `copilot`.
 """
 
 from __future__ import annotations

@@ -6,8 +6,9 @@ each step, and a way to save the outcome. The loop in `luthier.train` knows noth
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from luthier.lazy import fetched
 
 METHODS = {
     "coact": "luthier.tune.coact:Coact",
@@ -91,8 +92,4 @@ if TYPE_CHECKING:
     from luthier.tune.sessions import SessionStream
     from luthier.tune.teacher import EMATeacher, PrototypeClassifier
 
-
-def __getattr__(name: str) -> Any:
-    if name in _WHERE:
-        return getattr(importlib.import_module(_WHERE[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = fetched(__name__, _WHERE)

@@ -10,8 +10,9 @@ Nothing here knows modules, and memory grows neither with the model nor with its
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from luthier.lazy import fetched
 
 _WHERE = {
     "Delta": "luthier.weights.delta",
@@ -34,8 +35,4 @@ if TYPE_CHECKING:
     from luthier.weights.selection import Selection
     from luthier.weights.writer import write_weights
 
-
-def __getattr__(name: str) -> Any:
-    if name in _WHERE:
-        return getattr(importlib.import_module(_WHERE[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = fetched(__name__, _WHERE)
