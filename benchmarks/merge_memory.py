@@ -80,7 +80,7 @@ def shapes() -> dict[str, Info]:
             "post_attention_layernorm": (WIDTH,),
         }.items():
             found[f"model.layers.{block}.{name}.weight"] = shape
-    return {name: Info(torch.bfloat16, shape) for name, shape in found.items()}
+    return {name: Info("BF16", shape) for name, shape in found.items()}
 
 
 def make(folder: Path) -> list[Path]:

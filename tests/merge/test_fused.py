@@ -17,10 +17,10 @@ from luthier.merge.fused import balanced, blended, combined
 from luthier.merge.report import counted
 from luthier.merge.sources import StoredSource
 from luthier.merge.ties import trim
-from luthier.weights import Weights, kernels
+from luthier.weights import Weights, compiled, kernels
 from luthier.weights.algebra import agree, balance, elect, lincomb, moved
 from luthier.weights.ranks import ALL, EVERY, NOTHING, Cut, top_cuts
-from luthier.weights.stored import together
+from luthier.weights.stored import as_tensor, together
 
 TYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 COUNTS = pytest.mark.parametrize("count", [1, 2, 3, 5])
@@ -74,7 +74,7 @@ def same(a, b):
 def check(tile, merged, found, dtype):
     """A fused outcome against the combined one: bits, and all that the report counts."""
     counts, values = found
-    assert same(values.to(dtype), merged.values.to(dtype))
+    assert same(as_tensor(values).to(dtype), merged.values.to(dtype))
     wanted = counted(tile, merged)
     for field in ("name", "size", "elements", "kept", "shared", "conflicts"):
         assert getattr(counts, field) == getattr(wanted, field), field
@@ -133,7 +133,7 @@ def test_blend_gives_the_bits_of_the_definition(dtype, count, tmp_path):
     tile = tile_of([None, *models])
     for factors in ([1 / count] * count, [0.7 - 0.3 * n for n in range(count)]):
         _, values = blended(tile, factors)
-        assert same(values.to(dtype), lincomb(tile.models, factors).to(dtype))
+        assert same(as_tensor(values).to(dtype), lincomb(tile.models, factors).to(dtype))
 
 
 @TYPES
@@ -233,12 +233,28 @@ def test_a_place_that_cannot_be_written_only_costs_the_cache(monkeypatch):
             raise RuntimeError("cannot cache function: no locator available")
         return lambda function: function
 
-    monkeypatch.setattr(kernels, "njit", refuses)
-    assert kernels._compiled()(len) is len
+    monkeypatch.setattr(compiled, "njit", refuses)
+    assert compiled.compiled()(len) is len
     assert calls == [True, False]
 
 
 def test_neither_numba_nor_torch_is_loaded_before_a_merge_needs_it():
     code = "import sys, luthier.merge, luthier.cli\nassert not {'torch', 'numba'} & set(sys.modules)\n"
     code += "import luthier.merge.run, luthier.merge.ties, luthier.merge.linear\nassert 'numba' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("method", ["linear", "task-arithmetic", "ties", "breadcrumbs"])
+@TYPES
+def test_a_merge_of_files_in_bfloat16_or_float32_never_loads_torch(method, dtype, models, tmp_path):
+    base, several = models(3, dtype)
+    for number, state in enumerate([base, *several]):
+        (tmp_path / str(number)).mkdir()
+        real = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}  # others are compared
+        save_file(real, tmp_path / str(number) / "model.safetensors")
+    names = [str(tmp_path / str(number)) for number in range(4)]
+    given = f"{method!r}, base={names[0]!r}, models={names[1:]!r}, out={str(tmp_path / 'out')!r}"
+    if method == "linear":
+        given = given.replace(f"base={names[0]!r}, ", "")
+    code = f"import sys, luthier as lt\nlt.merge({given})\nassert ('torch' in sys.modules) is {dtype == torch.float16}"
     subprocess.run([sys.executable, "-c", code], check=True)

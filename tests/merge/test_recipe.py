@@ -141,8 +141,8 @@ from luthier.weights.info import Info
 
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
-infos = {"embed.weight": Info(torch.bfloat16, (50_000, 800))}
-infos |= {f"layers.{n}.weight": Info(torch.bfloat16, (1_000, 10_000)) for n in range(4)}
+infos = {"embed.weight": Info("BF16", (50_000, 800))}
+infos |= {f"layers.{n}.weight": Info("BF16", (1_000, 10_000)) for n in range(4)}
 block = (torch.randn(2**20, generator=torch.Generator().manual_seed(0)) / 50).bfloat16()
 for number in range(3):
     change = torch.randn(2**20, generator=torch.Generator().manual_seed(number)) / 1000

@@ -18,8 +18,8 @@ import luthier.weights.adapter
 
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
-infos = {"embed": Info(torch.bfloat16, (100_000, 1_500))}
-infos |= {f"layer.{n}": Info(torch.bfloat16, (1_000, 10_000)) for n in range(11)}
+infos = {"embed": Info("BF16", (100_000, 1_500))}
+infos |= {f"layer.{n}": Info("BF16", (1_000, 10_000)) for n in range(11)}
 block = (torch.randn(2**20, generator=torch.Generator().manual_seed(0)) / 50).bfloat16()
 
 def tuned_block(number):

@@ -30,11 +30,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from luthier.findings import Finding
+from luthier.later import torch
 from luthier.merge.knobs import Knob, value_of
 from luthier.methods import Method
 from luthier.weights.ahead import ahead
@@ -42,6 +41,8 @@ from luthier.weights.depth import Depth, DepthOf
 from luthier.weights.stored import Differences, Stored, together
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from luthier.merge.lineup import Lineup
     from luthier.merge.report import Counts
     from luthier.merge.sources import Source
@@ -324,9 +325,9 @@ class Merge(Method):
         """The merged rows, from a tile and what the survey found. Must not change the tile's tensors."""
         raise NotImplementedError
 
-    def fused(self, tile: Tile, found: Any) -> tuple[Counts, Tensor] | None:
+    def fused(self, tile: Tile, found: Any) -> tuple[Counts, NDArray[Any]] | None:
         """What `combine` gives, to the last bit, in one compiled pass over rows of files (see `merge.fused`): what the
-        report counts, and (n,) bfloat16 or float32. None where there is no such pass, or numbers are not finite."""
+        report counts, and (n,) as `Tile.stored` has them. None where there is no such pass, or one is not finite."""
         return None
 
     def other_files(self, lineup: Lineup) -> list[Path]:

@@ -26,18 +26,21 @@ Davari and Belilovsky 2024, "Model Breadcrumbs". mergekit's `breadcrumbs` and `b
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
+from numpy.typing import NDArray
 from pydantic import Field, model_validator
-from torch import Tensor
 
+from luthier.later import torch
 from luthier.merge.base import Merge, Merged, Reach, Tile, Tiles
 from luthier.merge.fused import How, combined
 from luthier.merge.knobs import knob
 from luthier.merge.report import Counts
 from luthier.weights.algebra import agree, elect, lincomb, moved
 from luthier.weights.ranks import ALL, NOTHING, Cut, top_cuts
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Found = Sequence[tuple[Cut, Cut]]  # per model: above the first are the outliers, above the second they and the kept
 
@@ -107,7 +110,7 @@ class Breadcrumbs(Merge):
         total = agree(kept, elect(kept, tie=1), agg="sum") if self.sign_consensus else lincomb(kept, [1.0] * len(kept))
         return Merged(moved(tile.base, total * tile.at(self.scale)), kept)
 
-    def fused(self, tile: Tile, found: Found | None) -> tuple[Counts, Tensor] | None:
+    def fused(self, tile: Tile, found: Found | None) -> tuple[Counts, NDArray[Any]] | None:
         """None for scope: row, which sorts."""
         how: How = "sum" if self.sign_consensus else "add"
         return None if found is None else combined(tile, found, how, tie=1, scale=tile.at(self.scale))

@@ -12,23 +12,19 @@ those cases. The passes themselves are in `luthier.weights.kernels`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from luthier.merge.base import Tile
 from luthier.merge.report import Counts
-from luthier.weights.algebra import Agg, finite, lincomb
+from luthier.weights.algebra import Agg
 from luthier.weights.ranks import Cut
-from luthier.weights.stored import as_tensor
 
 How = Literal["add"] | Agg
 HOW: dict[How, int] = {"add": 0, "mean": 1, "sum": 2, "max": 3}  # as `kernels.combine` numbers them
 Cuts = Sequence[tuple[Cut, Cut]]
-RUN = 2**16  # elements that torch adds up at a time
 
 
 def combined(
@@ -40,8 +36,8 @@ def combined(
     factors: Sequence[float] | None = None,
     tie: int = 0,
     scale: float = 1.0,
-) -> tuple[Counts, Tensor] | None:
-    """moved(base, change * scale): counts, and (n,) in the type that `Tile.stored` has.
+) -> tuple[Counts, NDArray[Any]] | None:
+    """moved(base, change * scale): counts, and (n,) of the type of `Tile.stored`.
 
     Args:
         cuts: of each model; what is above the second and not above the first is kept of its differences.
@@ -66,7 +62,7 @@ def combined(
     shared = (elements - some, some - several, several) if tile.count > 1 else None
     base, *models = squares.tolist()
     about = Counts(tile.name, tile.size, elements, kept, models, base, shared, conflicts, {})
-    return about, as_tensor(merged)
+    return about, merged
 
 
 def balanced(tile: Tile, cuts: Cuts, weights: Sequence[float] | None) -> int | None:
@@ -79,18 +75,15 @@ def balanced(tile: Tile, cuts: Cuts, weights: Sequence[float] | None) -> int | N
     return int(balance(sides, *_cuts(cuts, tile.place, sides.shape[1]), _numbers(weights, tile.count)))
 
 
-def blended(tile: Tile, factors: Sequence[float]) -> tuple[Counts, Tensor] | None:
-    """lincomb(models, factors) of a tile without a base; torch's few operations will do, in runs that stay in the
-    cache, so that numba need not be loaded."""
+def blended(tile: Tile, factors: Sequence[float]) -> tuple[Counts, NDArray[Any]] | None:
+    """lincomb(models, factors) of a tile without a base."""
     if tile.stored is None or len(tile.stored) != len(factors):
         return None
-    models = as_tensor(tile.stored)
-    merged = torch.empty_like(models[0])
-    for part, out in zip(models.split(RUN, 1), merged.split(RUN), strict=True):
-        total = lincomb(part.float(), factors)
-        if not finite(total):
-            return None
-        out.copy_(total)
+    from luthier.weights.kernels import blend
+
+    merged, fine = blend(tile.stored, _numbers(factors, tile.count))
+    if not fine:
+        return None
     return Counts(tile.name, tile.size, len(merged), [], [], 0.0, None, 0, {}), merged
 
 

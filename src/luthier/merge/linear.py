@@ -14,10 +14,10 @@ Wortsman et al. 2022 (model soups); mergekit's `linear` is the same arithmetic.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from numpy.typing import NDArray
 from pydantic import model_validator
-from torch import Tensor
 
 from luthier.errors import InputError
 from luthier.merge.base import Merge, Merged, Shape, Tile
@@ -26,6 +26,9 @@ from luthier.merge.knobs import Knob, knob
 from luthier.merge.report import Counts
 from luthier.merge.weighting import check_weights, weights_at
 from luthier.weights.algebra import lincomb
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Linear(Merge):
@@ -50,7 +53,7 @@ class Linear(Merge):
     def combine(self, tile: Tile, found: Any) -> Merged:
         return Merged(linear(tile.models, factors(self.weights, tile, len(tile.models), self.normalise)))
 
-    def fused(self, tile: Tile, found: Any) -> tuple[Counts, Tensor] | None:
+    def fused(self, tile: Tile, found: Any) -> tuple[Counts, NDArray[Any]] | None:
         """None where there is a base, which is not looked at, or a model comes out as it is."""
         each = factors(self.weights, tile, tile.count, self.normalise)
         return None if sum(factor != 0 for factor in each) == 1 else blended(tile, each)

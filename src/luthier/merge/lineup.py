@@ -9,19 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from luthier.errors import InputError
+from luthier.later import torch
 from luthier.merge.base import Merge, Merged, Rows, Shape, Tile, Tiles
 from luthier.merge.depth import depth_of, region_of
 from luthier.merge.sources import Source, blocks_of, config_of, matrix_shape
 from luthier.weights.ahead import ahead
 from luthier.weights.depth import DepthOf
 from luthier.weights.hashing import tensor_hash
-from luthier.weights.info import NAMES, Info, some
+from luthier.weights.info import Info, some
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 R = TypeVar("R")
 
@@ -50,8 +51,8 @@ class Lineup:
         for source in everyone:
             _comparable(self.frame, self.infos, source, sides[id(source)])
         self.repeats = repeated[self.frame.label]
-        merged = [n for n, info in self.infos.items() if info.dtype.is_floating_point and info.elements]
-        odd = [n for n in merged if self.infos[n].dtype.itemsize == 1]
+        merged = [n for n, info in self.infos.items() if info.floating and info.elements]
+        odd = [n for n in merged if self.infos[n].itemsize == 1]
         if odd:
             raise InputError(
                 f"{len(odd)} tensors are quantised ({some(odd)})", where=self.frame.label, fix="dequantise them first"
@@ -186,8 +187,7 @@ class Step:
         found = self.found_of(names[0])
 
         def done(tile: Tile) -> R:
-            with torch.no_grad():
-                return work(tile, found)
+            return work(tile, found)
 
         tiles = self.lineup.tiles(names)
         return ahead(tiles, done) if self.lineup.concurrent else map(done, tiles)
@@ -260,9 +260,9 @@ def _comparable(frame: Source, ours: dict[str, Info], source: Source, theirs: di
             fix=fix,
         )
     kinds = [
-        f"{name} {NAMES[info.dtype]} and {NAMES[theirs[name].dtype]}"
+        f"{name} {info.kind} and {theirs[name].kind}"
         for name, info in ours.items()
-        if info.dtype.is_floating_point != theirs[name].dtype.is_floating_point
+        if info.floating != theirs[name].floating
     ]
     if kinds:
         raise InputError(f"{len(kinds)} tensors are of another kind ({some(kinds)})", where=source.label)

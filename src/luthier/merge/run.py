@@ -17,13 +17,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, takewhile
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor, nn
+import numpy as np
 
 from luthier.errors import InputError
 from luthier.findings import Finding
+from luthier.later import torch
 from luthier.merge.base import Data, Merge, Merged, Score, Tile, WholeModelMerge
 from luthier.merge.lineup import Lineup, Step
 from luthier.merge.report import Counter, Counts, counted, draw
@@ -35,7 +35,11 @@ from luthier.models.files import write_aside
 from luthier.weights.ahead import ahead, beside
 from luthier.weights.algebra import finite
 from luthier.weights.depth import DepthOf, depth_of_names
-from luthier.weights.writer import SHARD_BYTES, copy_others, refuse_filled, write_weights
+from luthier.weights.stored import as_tensor
+from luthier.weights.writer import SHARD_BYTES, Piece, copy_others, refuse_filled, write_weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Say = Callable[[int, int], None]  # bytes read so far, of how many
 Look = Callable[[Counts], None]
@@ -93,7 +97,7 @@ def merge(
     chosen = build("merge", method)
     if out is not None:
         refuse_filled(Path(out))
-    if isinstance(chosen, WholeModelMerge) and not any(isinstance(given, nn.Module) for given in (base, *models)):
+    if isinstance(chosen, WholeModelMerge) and not any(isinstance(given, torch.nn.Module) for given in (base, *models)):
         chosen = chosen.streamed() or chosen
     if isinstance(chosen, WholeModelMerge):
         from luthier.merge.whole import merge_modules
@@ -187,7 +191,7 @@ def merged_tensors(step: Step, look: Look = lambda *_: None) -> dict[str, Tensor
     tile."""
     made = Pieces(step, step.lineup.infos, look)
     return {
-        name: torch.cat([piece.reshape(-1) for piece in made(name)]).reshape(info.shape)
+        name: torch.cat([_flat(piece) for piece in made(name)]).reshape(info.shape)
         for name, info in step.lineup.infos.items()
     }
 
@@ -210,10 +214,10 @@ class Pieces:
 
     def __init__(self, step: Step, names: Iterable[str], look: Look):
         self.step, self.look, self.names = step, look, list(names)
-        self._coming: Iterator[list[tuple[Counts, Tensor]]] = iter(())
+        self._coming: Iterator[list[tuple[Counts, Piece]]] = iter(())
         self._left: set[str] = set()
 
-    def __call__(self, name: str) -> Iterator[Tensor]:
+    def __call__(self, name: str) -> Iterator[Piece]:
         lineup = self.step.lineup
         if name not in lineup.places:
             yield lineup.frame.whole(name)
@@ -247,15 +251,21 @@ class Pieces:
     def _large(self, name: str) -> bool:
         return not self.step.lineup.concurrent or self.step.lineup.infos[name].elements > SMALL
 
-    def _made(self, tile: Tile, found: Any) -> tuple[Counts, Tensor]:
+    def _made(self, tile: Tile, found: Any) -> tuple[Counts, Piece]:
         method, lineup = self.step.method, self.step.lineup
-        dtype = lineup.infos[tile.name].dtype
+        info = lineup.infos[tile.name]
         fused = method.fused(tile, found)
         if fused is not None:
-            return fused[0], fused[1].to(dtype)
-        merged = method.combine(tile, found)
-        _finite(tile, merged, lineup)
-        return counted(tile, merged), merged.values.to(dtype)
+            counts, values = fused
+            return counts, values if values.dtype == info.array else as_tensor(values).to(info.dtype)
+        with torch.no_grad():
+            merged = method.combine(tile, found)
+            _finite(tile, merged, lineup)
+            return counted(tile, merged), merged.values.to(info.dtype)
+
+
+def _flat(piece: Piece) -> Tensor:
+    return as_tensor(piece) if isinstance(piece, np.ndarray) else piece.reshape(-1)
 
 
 def _findings(step: Step, counter: Counter) -> list[Finding]:

@@ -14,9 +14,9 @@ Ilharco et al. 2023; the yardstick of Yadav et al. 2023 and others.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from torch import Tensor
+from numpy.typing import NDArray
 
 from luthier.merge.base import Merge, Merged, Shape, Tile
 from luthier.merge.fused import combined
@@ -25,6 +25,9 @@ from luthier.merge.report import Counts
 from luthier.merge.weighting import check_weights, weights_at
 from luthier.weights.algebra import lincomb, moved
 from luthier.weights.ranks import ALL, NOTHING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class TaskArithmetic(Merge):
@@ -43,7 +46,7 @@ class TaskArithmetic(Merge):
         change = task_arithmetic(tile.deltas, weights_at(self.weights, tile, len(tile.deltas)), tile.at(self.scale))
         return Merged(moved(tile.base, change), tile.deltas)
 
-    def fused(self, tile: Tile, found: Any) -> tuple[Counts, Tensor] | None:
+    def fused(self, tile: Tile, found: Any) -> tuple[Counts, NDArray[Any]] | None:
         factors = [tile.at(self.scale) * weight for weight in weights_at(self.weights, tile, tile.count)]
         return combined(tile, [(NOTHING, ALL)] * tile.count, "add", factors=factors)
 

@@ -26,12 +26,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
+from numpy.typing import NDArray
 from pydantic import Field, model_validator
-from torch import Tensor
 
+from luthier.later import torch
 from luthier.merge.base import Merge, Merged, Reach, Shape, Tile, Tiles
 from luthier.merge.fused import balanced, combined
 from luthier.merge.knobs import knob, numbers_of
@@ -39,6 +39,9 @@ from luthier.merge.report import Counts
 from luthier.merge.weighting import check_weights, weights_at
 from luthier.weights.algebra import Agg, agree, balance, elect, moved
 from luthier.weights.ranks import ALL, EVERY, NOTHING, Cut, order_statistics, top_cuts
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class Ties(Merge):
         change = ties(trimmed, found.majority, weights=weights, agg=self.agg) * tile.at(self.scale)
         return Merged(moved(tile.base, change), trimmed)
 
-    def fused(self, tile: Tile, found: Found) -> tuple[Counts, Tensor] | None:
+    def fused(self, tile: Tile, found: Found) -> tuple[Counts, NDArray[Any]] | None:
         weights = None if self.weights is None else weights_at(self.weights, tile, tile.count)
         cuts = [(NOTHING, cut) for cut in found.cuts]
         return combined(

@@ -37,9 +37,10 @@ from pydantic import field_serializer, field_validator
 from luthier.errors import InputError
 from luthier.findings import Finding
 from luthier.merge.base import Merge, Merged, Shape, Tile
+from luthier.merge.derived_sources import AdapterSource, AgainstSource, PaddedSource
 from luthier.merge.knobs import knob, meets, value_of
 from luthier.merge.lineup import Lineup
-from luthier.merge.sources import AdapterSource, AgainstSource, PaddedSource, Source, config_of, open_source
+from luthier.merge.sources import Source, config_of, open_source
 from luthier.merge.vocabulary import tokens_of
 from luthier.models.checkpoint import read_json
 from luthier.weights.algebra import moved

@@ -11,13 +11,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from luthier.errors import InputError
-from luthier.merge.sources import MappedSource, Source, config_of
+from luthier.later import torch
+from luthier.merge.sources import Source, config_of
 from luthier.weights.info import some
+
+if TYPE_CHECKING:
+    from luthier.merge.derived_sources import MappedSource
 
 
 def same_vocabulary(frame: Source, models: Sequence[Source], wanted: Literal["refuse", "map"]) -> list[Source]:
@@ -61,6 +63,8 @@ def tokens_of(folder: Path | None) -> dict[str, int] | None:
 
 def mapped(frame: Source, model: Source, ours: dict[str, int], theirs: dict[str, int]) -> MappedSource:
     """`model` with the rows of its vocabulary tensors in the order of `frame`."""
+    from luthier.merge.derived_sources import MappedSource
+
     rows = config_of(model).get("vocab_size")
     if rows is None:
         raise InputError("has no config.json with a vocab_size, so its vocabulary cannot be mapped", where=model.label)

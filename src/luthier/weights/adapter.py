@@ -30,7 +30,7 @@ from luthier.weights import exact
 from luthier.weights.compare import about_of, write_about
 from luthier.weights.delta import Delta, Say
 from luthier.weights.hashing import TensorHash, tensor_hash
-from luthier.weights.info import NAMES, Info, flat, raw, some
+from luthier.weights.info import Info, flat, kind_of, raw, some
 from luthier.weights.reader import ADAPTER, Weights
 from luthier.weights.writer import PartsFile, refuse_filled
 
@@ -57,7 +57,7 @@ class LowRankDelta(Delta):
         if about is None:
             yield flat(given)
             return
-        self._check(name, given, _FLOATS[about["dtype"]])
+        self._check(name, given, about["dtype"])
         left, right = self.factors(name)
         rows = _rows(given)
         if sign > 0:
@@ -181,7 +181,13 @@ def _converted(
         size += parts.add(f"{name}#residue", residues())
     else:
         list(residues())
-    about = {"kind": "low-rank", "dtype": NAMES[old.dtype], "shape": list(old.shape), "changed": changed, "bytes": size}
+    about = {
+        "kind": "low-rank",
+        "dtype": kind_of(old.dtype),
+        "shape": list(old.shape),
+        "changed": changed,
+        "bytes": size,
+    }
     about |= {"rank": a.shape[0], "scale": scale, "transposed": transposed, "residue": with_residue}
     return about, tuned.hex()
 
@@ -238,7 +244,7 @@ def _targets(factors: Mapping[str, Tensor], infos: Mapping[str, Info], adapter: 
         raise InputError(
             f"these do not belong to a linear of the base: {some(odd) or 'no factors'}", where=str(adapter)
         )
-    wrong = [name for name in found if NAMES[infos[name].dtype] not in _FLOATS]
+    wrong = [name for name in found if infos[name].kind not in _FLOATS]
     if wrong:
         raise InputError(f"{wrong[0]} is {infos[wrong[0]]}; expected one of {', '.join(_FLOATS)}")
     return found

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
-import torch
+from luthier.later import torch, torch_is_there
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -66,7 +66,10 @@ def _begin() -> None:
 
 @contextmanager
 def one_thread_each() -> Iterator[None]:
-    """While open, an operation of torch uses one thread."""
+    """While open, an operation of torch uses one thread. Where torch is not loaded yet, none will be used."""
+    if not torch_is_there():
+        yield
+        return
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -14,11 +14,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
+
+from luthier.later import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Agg = Literal["mean", "sum", "max"]
 _NEGATIVE_ZERO = np.int32(-(2**31))  # its bits

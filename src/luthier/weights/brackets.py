@@ -17,14 +17,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from luthier.weights.ahead import ahead
 from luthier.weights.counting import Stretch, Walk, counted, numbers_of
 from luthier.weights.stored import Differences
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SAMPLE = 2**18  # numbers of each row that a sample holds at most
 LEAST = 2**14  # and at least, where a row's length is known and the sample is of a 32nd

@@ -20,7 +20,7 @@ from luthier.models.files import write_aside
 from luthier.weights import exact
 from luthier.weights.delta import FORMAT, Delta, Say
 from luthier.weights.hashing import combined, tensor_hash
-from luthier.weights.info import NAMES, Info, cut, infos_of, raw, some
+from luthier.weights.info import Info, cut, infos_of, kind_of, raw, some
 from luthier.weights.reader import Weights
 from luthier.weights.writer import PartsFile, refuse_filled
 
@@ -85,7 +85,7 @@ def comparable(a: Mapping[str, Info], b: Mapping[str, Info]) -> dict[str, tuple[
         sides = (("only in base", a.keys() - b.keys()), ("only in tuned", b.keys() - a.keys()))
         said = "; ".join(f"{what}: {some(sorted(names))}" for what, names in sides if names)
         raise InputError(f"base and tuned hold different tensors ({said})")
-    widened = {n: (NAMES[a[n].dtype], NAMES[b[n].dtype]) for n in a if _widens(a[n], b[n])}
+    widened = {n: (a[n].kind, b[n].kind) for n in a if _widens(a[n], b[n])}
     other = [f"{name}: {a[name]} and {b[name]}" for name in a if a[name] != b[name] and name not in widened]
     if other:
         fix = "a delta needs both alike, or the tuned one in a wider floating-point type"
@@ -123,7 +123,7 @@ def _collected(
             size = parts.add(name, packed())
             kind = "sparse" if changed < exact.SPARSE_BELOW * new.numel() else "dense"
             info = Info.of(new)
-            tensors[name] = {"kind": kind, "dtype": NAMES[info.dtype], "shape": list(info.shape)}
+            tensors[name] = {"kind": kind, "dtype": info.kind, "shape": list(info.shape)}
             tensors[name] |= {"changed": changed, "bytes": size}
         say(name, number, len(a))
     return about_of("exact", hashes, tensors, widened)
@@ -136,8 +136,8 @@ def _widened_only(name: str, old: Tensor, new: Tensor) -> bool:
         wide = before.to(after.dtype)
         if not torch.equal(raw(wide.to(before.dtype)), raw(before)):
             raise InputError(
-                f"{name} holds values that are not numbers and would be lost between {NAMES[old.dtype]} and "
-                f"{NAMES[new.dtype]}",
+                f"{name} holds values that are not numbers and would be lost between {kind_of(old.dtype)} and "
+                f"{kind_of(new.dtype)}",
                 fix="save base and tuned in one type",
             )
         same = same and torch.equal(raw(wide), raw(after))

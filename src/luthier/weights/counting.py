@@ -13,13 +13,15 @@ comes here where its guess was wrong.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
-import torch
-from torch import Tensor
-
+from luthier.later import torch
 from luthier.weights.ahead import ahead
 
-Stretch = tuple[int, Tensor | Callable[[], Tensor]]  # where it stands; `Differences` are such a callable
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Stretch: TypeAlias = "tuple[int, Tensor | Callable[[], Tensor]]"  # where it stands; `Differences` are such a callable
 Walk = Callable[[], Iterable[Stretch]]
 _BINS = 1 << 16
 
@@ -59,7 +61,7 @@ def counted(walk: Walk, ranks: Sequence[int], magnitudes: bool) -> tuple[Tensor,
 
 def numbers_of(given: Tensor | Callable[[], Tensor]) -> Tensor:
     """The (K, n) numbers of a stretch, computed if they are not there yet."""
-    return given if isinstance(given, Tensor) else given()
+    return given if isinstance(given, torch.Tensor) else given()
 
 
 def _keys(numbers: Tensor, magnitudes: bool) -> Tensor:

@@ -30,7 +30,7 @@ from luthier.models.checkpoint import read_json
 from luthier.models.files import write_aside
 from luthier.weights import exact
 from luthier.weights.hashing import TensorHash, combined, tensor_hash
-from luthier.weights.info import DTYPES, NAMES, Info, cut, flat, infos_of, some
+from luthier.weights.info import Info, cut, dtype_of, flat, infos_of, kind_of, some
 from luthier.weights.reader import Weights
 from luthier.weights.writer import copy_others, refuse_filled, write_weights
 
@@ -131,7 +131,7 @@ class Delta:
         """
         if self._same(name):
             return base
-        made = torch.empty(base.shape, dtype=DTYPES[self._dtypes(name, base)[1 if sign > 0 else 0]])
+        made = torch.empty(base.shape, dtype=dtype_of(self._dtypes(name, base)[1 if sign > 0 else 0]))
         place, elements = 0, made.view(-1)
         for piece in self.pieces(name, base, sign):
             elements[place : place + piece.numel()] = piece.view(-1)
@@ -140,8 +140,9 @@ class Delta:
 
     def pieces(self, name: str, given: Tensor, sign: int) -> Iterator[Tensor]:
         """What `applied` gives, as flat pieces in C order."""
-        narrow, wide = (DTYPES[dtype] for dtype in self._dtypes(name, given))
-        self._check(name, given, narrow if sign > 0 else wide)
+        kinds = self._dtypes(name, given)
+        narrow, wide = map(dtype_of, kinds)
+        self._check(name, given, kinds[0 if sign > 0 else 1])
         about = self.tensors.get(name)
         if about is None:
             yield from (piece.to(wide if sign > 0 else narrow) for piece in cut(given, exact.PIECE))
@@ -164,7 +165,7 @@ class Delta:
     def info(self) -> dict[str, Any]:
         """Sizes and counts, json-able."""
         rows = list(self.tensors.values())
-        elements = sum(Info(torch.uint8, tuple(row["shape"])).elements for row in rows)
+        elements = sum(Info("U8", tuple(row["shape"])).elements for row in rows)
         changed = sum(row["changed"] for row in rows)
         size = sum(info.bytes for info in infos_of(self.stored).values())
         if self.path is not None:
@@ -192,14 +193,14 @@ class Delta:
 
     def _dtypes(self, name: str, given: Tensor) -> tuple[str, str]:
         """Types of the tensor in base and tuned."""
-        known = self.tensors.get(name, {}).get("dtype") or NAMES[given.dtype]
+        known = self.tensors.get(name, {}).get("dtype") or kind_of(given.dtype)
         narrow, wide = self.about["widened"].get(name, (known, known))
         return narrow, wide
 
-    def _check(self, name: str, given: Tensor, dtype: torch.dtype) -> None:
+    def _check(self, name: str, given: Tensor, kind: str) -> None:
         shape = tuple(self.tensors.get(name, {}).get("shape", given.shape))
-        if Info.of(given) != (dtype, shape):
-            raise InputError(f"{name} is {Info.of(given)}, but the delta was made of {Info(dtype, shape)}")
+        if Info.of(given) != (kind, shape):
+            raise InputError(f"{name} is {Info.of(given)}, but the delta was made of {Info(kind, shape)}")
 
     def _checked(self, name: str, given: Tensor, sign: int) -> Iterator[Tensor]:
         """`pieces`, held against the hashes of what is given and of what is made."""
@@ -217,8 +218,8 @@ class Delta:
         if self._same(name):
             yield flat(given)
             return
-        dtype = DTYPES[self._dtypes(name, given)[1 if sign > 0 else 0]]
-        made = TensorHash(Info(dtype, tuple(given.shape)))
+        kind = self._dtypes(name, given)[1 if sign > 0 else 0]
+        made = TensorHash(Info(kind, tuple(given.shape)))
         for piece in self.pieces(name, given, sign):
             made.update(piece)
             yield piece
@@ -250,7 +251,7 @@ class Delta:
 
         infos = infos_of(weights)
         for name, dtypes in self.about["widened"].items():
-            infos[name] = infos[name]._replace(dtype=DTYPES[dtypes[1 if sign > 0 else 0]])
+            infos[name] = infos[name]._replace(kind=dtypes[1 if sign > 0 else 0])
         with write_aside(out) as aside:
             write_weights(aside, infos, read)
             copy_others(Path(source), aside)

@@ -12,21 +12,27 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import xxhash
-from torch import Tensor
+from numpy.typing import NDArray
 
-from luthier.weights.info import NAMES, Info, raw
+from luthier.weights.info import Info, raw
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class TensorHash:
     """The hash of a tensor that comes in pieces: `update` with each, in C order, then `hex`."""
 
     def __init__(self, info: Info):
-        self._hash = xxhash.xxh3_128(f"{NAMES[info.dtype]}{list(info.shape)}".encode())
+        self._hash = xxhash.xxh3_128(f"{info.kind}{list(info.shape)}".encode())
 
-    def update(self, piece: Tensor) -> None:
-        self._hash.update(raw(piece).numpy().data)
+    def update(self, piece: Tensor | NDArray[Any]) -> None:
+        """A tensor, or an array with its bytes."""
+        self._hash.update(piece.data if isinstance(piece, np.ndarray) else raw(piece).numpy().data)
 
     def hex(self) -> str:
         return self._hash.hexdigest()

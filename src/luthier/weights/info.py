@@ -4,41 +4,84 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
 
-# Types by the names of the safetensors format.
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
+from luthier.errors import InputError
+from luthier.later import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Types by the names of the safetensors format: what torch calls them, and bytes.
+_KINDS = {
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U64": ("uint64", 8),
+    "U32": ("uint32", 4),
+    "U16": ("uint16", 2),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
 }
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+KINDS = frozenset(_KINDS)
+_BY_TORCH = {called: kind for kind, (called, _) in _KINDS.items()}
+
+
+def dtype_of(kind: str) -> torch.dtype:
+    """torch's type of a name of the format."""
+    return getattr(torch, _KINDS[kind][0])  # type: ignore[no-any-return]
+
+
+def kind_of(dtype: torch.dtype) -> str:
+    """The format's name of a type; `InputError` for one that it does not have."""
+    called = str(dtype).removeprefix("torch.")
+    if called not in _BY_TORCH:
+        raise InputError(f"safetensors files hold no numbers of type {called}")
+    return _BY_TORCH[called]
 
 
 class Info(NamedTuple):
-    """Type and shape of a tensor."""
+    """Type and shape of a tensor.
 
-    dtype: torch.dtype
+    Attributes:
+        kind: the type's name in the safetensors format: F32, BF16, ...
+    """
+
+    kind: str
     shape: tuple[int, ...]
 
     @classmethod
     def of(cls, tensor: Tensor) -> Info:
-        return cls(tensor.dtype, tuple(tensor.shape))
+        return cls(kind_of(tensor.dtype), tuple(tensor.shape))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return dtype_of(self.kind)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return _KINDS[self.kind][1]
+
+    @property
+    def array(self) -> np.dtype[Any]:
+        """How numpy holds elements: BF16 as the bits of uint16, other types that it lacks as uint8."""
+        called = _KINDS[self.kind][0]
+        return np.dtype(called if hasattr(np, called) else f"u{self.itemsize}")
+
+    @property
+    def floating(self) -> bool:
+        """Whether elements are real numbers."""
+        return "F" in self.kind
 
     @property
     def elements(self) -> int:
@@ -46,10 +89,10 @@ class Info(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        return self.elements * self.dtype.itemsize
+        return self.elements * self.itemsize
 
     def __str__(self) -> str:
-        return f"{NAMES.get(self.dtype, self.dtype)} {list(self.shape)}"
+        return f"{self.kind} {list(self.shape)}"
 
 
 def infos_of(tensors: Mapping[str, Tensor]) -> dict[str, Info]:

@@ -9,6 +9,7 @@ lets go of Python's lock once for the whole tile, so that all cores work.
     within      the magnitudes between two values
     balance     how many more places elect plus than minus
     combine     base + what is kept of the differences, in the stored type, and what the report counts
+    blend       the weighted sum of models
     nth         where the n-th of the magnitudes stands that equal a value
 
 The definitions are the torch functions of `algebra`, `ranks` and the methods; these give the same to the last bit:
@@ -16,72 +17,34 @@ float32 in the same order, products that torch adds in one rounding added so (`f
 Only the squared norms of the report are summed in another order. Where `combine` says that its outcome or norms are not
 finite, the caller takes the general path, which names the culprit.
 
-Numba compiles each pass when it is first called, and keeps the code in its cache (beside this file, or in the user's
-cache folder); where neither can be written, every process compiles anew. The cache does not notice changes of another
-file, so all passes stand in this one. Loops are short and use few arrays of one width: so LLVM vectorises them.
+Numba's cache does not notice changes of another file, so all passes stand in this one (see `compiled`). Loops are short
+and use few arrays of one width: so LLVM vectorises them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
-
 import numpy as np
-from numba import njit
-from numba.core import types
-from numba.extending import intrinsic
 
-F = TypeVar("F")
+from luthier.weights.compiled import compiled, float32_of_bits, fma
+
 RUN = 1024
 _BLOCK = 64  # shorter loops are unrolled before they could be vectorised
 ADD, MEAN, SUM, MAX = 0, 1, 2, 3  # how `combine` brings together what is kept
 _ZERO, _ONE, _YES, _NO, _TWO = np.float32(0), np.float32(1), np.int32(1), np.int32(0), np.int32(2)
 
 
-def _compiled(**settings: Any) -> Callable[[F], F]:
-    """`numba.njit` that lets go of Python's lock; cached where there is a place for it."""
-
-    def compiled(function: F) -> F:
-        try:
-            return njit(nogil=True, error_model="numpy", cache=True, **settings)(function)  # type: ignore[no-any-return]
-        except RuntimeError:  # numba found no folder that can be written
-            return njit(nogil=True, error_model="numpy", **settings)(function)  # type: ignore[no-any-return]
-
-    return compiled
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def fma(context: Any, a: Any, b: Any, c: Any) -> Any:
-    """a * b + c of float32 with one rounding, as torch.add(c, a, alpha=b) computes it."""
-
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.fma(*arguments)
-
-    return types.float32(*[types.float32] * 3), emit
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def _of_bits(context: Any, bits: Any) -> Any:
-    """The float32 that has these 32 bits."""
-
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], context.get_value_type(types.float32))
-
-    return types.float32(types.uint32), emit
-
-
-@_compiled()
+@compiled()
 def _widen(stored, out):
     """stored.float() into `out`: (m,) uint16 bits of bfloat16, or float32."""
     if stored.itemsize == 2:
         for i in range(len(stored)):
-            out[i] = _of_bits(np.uint32(stored[i]) << np.uint32(16))  # type: ignore[call-arg]
+            out[i] = float32_of_bits(np.uint32(stored[i]) << np.uint32(16))  # type: ignore[call-arg]
     else:
         for i in range(len(stored)):
             out[i] = stored[i]
 
 
-@_compiled()
+@compiled()
 def _narrow(values, out):
     """values.to(out's type): (m,) finite float32; bfloat16 rounded to nearest, ties to even."""
     if out.itemsize == 2:
@@ -94,18 +57,18 @@ def _narrow(values, out):
             out[i] = values[i]
 
 
-@_compiled()
+@compiled()
 def _subtract(stored, base, out):
     """stored.float() - base into `out`."""
     if stored.itemsize == 2:
         for i in range(len(stored)):
-            out[i] = _of_bits(np.uint32(stored[i]) << np.uint32(16)) - base[i]  # type: ignore[call-arg]
+            out[i] = float32_of_bits(np.uint32(stored[i]) << np.uint32(16)) - base[i]  # type: ignore[call-arg]
     else:
         for i in range(len(stored)):
             out[i] = np.float32(stored[i]) - base[i]
 
 
-@_compiled(fastmath={"reassoc"})
+@compiled(fastmath={"reassoc"})
 def _squares(values, m):
     """Sum of squares of m float32, in any order."""
     total = _ZERO
@@ -114,7 +77,7 @@ def _squares(values, m):
     return total
 
 
-@_compiled(fastmath={"reassoc"})
+@compiled(fastmath={"reassoc"})
 def _total(values, m):
     """Sum of m float32, in any order; finite only if all are."""
     total = _ZERO
@@ -123,7 +86,7 @@ def _total(values, m):
     return total
 
 
-@_compiled()
+@compiled()
 def _keep(delta, value, first, m, kept, k):
     """Cut.keep: the differences whose magnitude is above `value`, or equals it among the `first` ones, and else 0."""
     if first == 0:
@@ -137,7 +100,7 @@ def _keep(delta, value, first, m, kept, k):
                 kept[k, i] = _ZERO
 
 
-@_compiled()
+@compiled()
 def _drop(delta, value, first, m, kept, k):
     """The reverse: 0 where the magnitude is above `value`, or equals it among the `first` ones."""
     for i in range(m):
@@ -147,7 +110,7 @@ def _drop(delta, value, first, m, kept, k):
             kept[k, i] = _ZERO
 
 
-@_compiled()
+@compiled()
 def _trim(delta, start, m, k, values, places, weights, kept):
     """What the two cuts of model k keep of m differences, times the model's weight, into row k of `kept`."""
     _keep(delta, values[k, 1], min(max(places[k, 1] - start, 0), m), m, kept, k)
@@ -158,7 +121,7 @@ def _trim(delta, start, m, k, values, places, weights, kept):
             kept[k, i] *= weights[k]
 
 
-@_compiled()
+@compiled()
 def _add_up(kept, m, sums):
     """kept.double() added up over the models into `sums`, float64."""
     for i in range(m):
@@ -168,7 +131,7 @@ def _add_up(kept, m, sums):
             sums[i] += np.float64(kept[k, i])
 
 
-@_compiled()
+@compiled()
 def _counts(values, low, high, m):
     """How many of m float32 are above and not below `low`, above and not below `high`: four int32."""
     a, b, c, d = _NO, _NO, _NO, _NO
@@ -181,7 +144,7 @@ def _counts(values, low, high, m):
     return a, b, c, d
 
 
-@_compiled()
+@compiled()
 def compare(sides, lows, highs):
     """Of each model and bracket: how many magnitudes of its difference are above and not below `low`, above and not
     below `high`.
@@ -210,7 +173,7 @@ def compare(sides, lows, highs):
     return found
 
 
-@_compiled()
+@compiled()
 def within(sides, k, low, high, count):
     """The `count` magnitudes of model k's difference between `low` and `high`, ends excluded, in order: float32."""
     found = np.empty(count + 1, np.float32)  # the last one takes what is not between
@@ -234,7 +197,7 @@ def within(sides, k, low, high, count):
     return found[:count]
 
 
-@_compiled()
+@compiled()
 def nth(sides, k, value, count):
     """Where the `count`-th (from 1) of model k's magnitudes stands that equal `value`; n if there are fewer."""
     base, values = np.empty(RUN, np.float32), np.empty(RUN, np.float32)
@@ -250,7 +213,7 @@ def nth(sides, k, value, count):
     return n
 
 
-@_compiled()
+@compiled()
 def balance(sides, values, places, weights):
     """algebra.balance(elect(trimmed)): places that elect plus less those that elect minus.
 
@@ -273,7 +236,7 @@ def balance(sides, values, places, weights):
     return more
 
 
-@_compiled()
+@compiled()
 def combine(sides, values, places, weights, factors, how, tie, scale):
     """moved(base, scale * change), where `change` is of the kept differences.
 
@@ -319,7 +282,22 @@ def combine(sides, values, places, weights, factors, how, tie, scale):
     return merged, counts, squares, fine and np.isfinite(squares.sum())
 
 
-@_compiled()
+@compiled()
+def blend(sides, factors):
+    """algebra.lincomb of `sides` (K, n) with factors (K,) float32: (n,) of the same type; whether all are finite."""
+    n, fine = sides.shape[1], True
+    merged, models, total = np.empty(n, sides.dtype), np.empty((len(sides), RUN), np.float32), np.empty(RUN, np.float32)
+    for start in range(0, n, RUN):
+        stop = min(start + RUN, n)
+        for k in range(len(sides)):
+            _widen(sides[k, start:stop], models[k])
+        _lincomb(models, factors, stop - start, total)
+        fine = fine and np.isfinite(_total(total, stop - start))
+        _narrow(total, merged[start:stop])
+    return merged, fine
+
+
+@compiled()
 def _speak(kept, k, m, spoken, signs):
     """How many of model k's m kept differences are not 0. Adds 1 at each of them to `spoken`; `signs` has bit 1 where
     one is above 0, bit 2 where one is below. The first model begins both anew."""
@@ -338,7 +316,7 @@ def _speak(kept, k, m, spoken, signs):
     return count
 
 
-@_compiled()
+@compiled()
 def _share(spoken, signs, m, counts):
     """Add to `counts` the places with one and more, two and more, and both signs."""
     some, several, conflicts = _NO, _NO, _NO
@@ -349,7 +327,7 @@ def _share(spoken, signs, m, counts):
     counts[:] += np.array((some, several, conflicts))
 
 
-@_compiled()
+@compiled()
 def _lincomb(kept, factors, m, total):
     """algebra.lincomb of the first m of (K, RUN) and of (K,)."""
     for i in range(m):
@@ -359,14 +337,14 @@ def _lincomb(kept, factors, m, total):
             total[i] = fma(kept[k, i], factors[k], total[i])  # type: ignore[call-arg]
 
 
-@_compiled()
+@compiled()
 def _elect(sums, tie, m, sign):
     """The signs of m float64 as float32; `tie` where a sum is 0."""
     for i in range(m):
         sign[i] = _ONE if sums[i] > 0 else (-_ONE if sums[i] < 0 else tie)
 
 
-@_compiled()
+@compiled()
 def _agree(kept, sign, factors, how, m, total, divisor):
     """algebra.agree of the first m of (K, RUN) into `total`; `divisor` is room to work in."""
     for i in range(m):
@@ -391,7 +369,7 @@ def _agree(kept, sign, factors, how, m, total, divisor):
             total[i] *= sign[i]
 
 
-@_compiled()
+@compiled()
 def _move(base, change, scale, m):
     """algebra.moved(base, change * scale) in the place of `change`; the sum, which is finite only if all are."""
     for i in range(m):

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from luthier.later import torch
 from luthier.weights.brackets import Place, ranked
 from luthier.weights.counting import Walk
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EVERY = 2**63 - 1  # a place behind all others
 

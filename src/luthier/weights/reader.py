@@ -10,6 +10,8 @@ and checks every header before it hands anything out: pickles, files cut short, 
 twice are refused there, in one sentence. Tensors are views of the mapped files, so what is read costs no memory of
 the process's own; a large one may be looked at in pieces with `info.cut`. They must not be written to: the files are
 mapped for reading only. Pages that were read count as resident until the system needs them or `release` lets them go.
+
+`array`, `read_into` and `every` copy elements out of a file as numpy holds them (`Info.array`), without torch.
 """
 
 from __future__ import annotations
@@ -20,19 +22,23 @@ import warnings
 from collections.abc import Iterator, Mapping
 from io import FileIO
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from luthier.errors import InputError
+from luthier.later import torch
 from luthier.models.checkpoint import INDEX, SINGLE, read_header, read_json
-from luthier.weights.info import DTYPES, Info, raw, some
+from luthier.weights.info import KINDS, Info, some
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ADAPTER = "adapter_model.safetensors"
 
 
-class Weights(Mapping[str, Tensor]):
+class Weights(Mapping[str, "Tensor"]):
     """The tensors of a checkpoint by name, in order of names; read-only.
 
     Attributes:
@@ -69,9 +75,9 @@ class Weights(Mapping[str, Tensor]):
             for name, about in read_header(shard).items():
                 if name in files:
                     raise InputError(f"tensor {name!r} is also in {files[name].name}", where=str(shard))
-                if about["dtype"] not in DTYPES:
+                if about["dtype"] not in KINDS:
                     raise InputError(f"tensor {name!r} has the type {about['dtype']}", where=str(shard))
-                files[name], infos[name] = shard, Info(DTYPES[about["dtype"]], tuple(about["shape"]))
+                files[name], infos[name] = shard, Info(about["dtype"], tuple(about["shape"]))
                 places[name] = start + about["data_offsets"][0]
         return cls(path, files, dict(sorted(infos.items())), places, shards[0].name == ADAPTER)
 
@@ -89,30 +95,36 @@ class Weights(Mapping[str, Tensor]):
 
         For going over everything once: nothing stays mapped, and threads may read at the same time.
         """
-        found = torch.empty(stop - start, dtype=self.infos[name].dtype)
+        return torch.from_numpy(self.array(name, start, stop)).view(self.infos[name].dtype)
+
+    def array(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        """The same as an array."""
+        found = np.empty(stop - start, self.infos[name].array)
         self.read_into(name, start, found)
         return found
 
-    def read_into(self, name: str, start: int, out: Tensor) -> None:
-        """The same into `out`, contiguous and of the tensor's type: as many elements from `start` on as it has."""
+    def read_into(self, name: str, start: int, out: NDArray[Any]) -> None:
+        """The same into `out`, contiguous and of the type of `Info.array`: as many elements from `start` on as it
+        has."""
+        place = self._places[name] + start * out.itemsize
         if not hasattr(os, "preadv"):  # Windows
-            out.copy_(self[name].reshape(-1)[start : start + out.numel()].view(out.shape))
+            out[:] = np.frombuffer(self._map(name), out.dtype, len(out), place)
             return
         file = self.files[name]
         opened = self._opened.get(file) or self._opened.setdefault(file, file.open("rb", buffering=0))
-        left, place = raw(out).numpy().data, self._places[name] + start * out.element_size()
+        left = out.view(np.uint8).data
         while len(left):
             count = os.preadv(opened.fileno(), [left], place)
             if not count:
                 raise InputError("has become shorter while it was read", where=str(file))
             left, place = left[count:], place + count
 
-    def every(self, name: str, start: int, stop: int, step: int) -> Tensor:
+    def every(self, name: str, start: int, stop: int, step: int) -> NDArray[Any]:
         """Each `step`-th of the elements `start` to `stop`, (n,), copied out of the file; the others are not read."""
         info = self.infos[name]
-        size, start = info.dtype.itemsize, min(start, stop)
-        stored = np.frombuffer(self._map(name), f"i{size}", stop - start, self._places[name] + start * size)
-        found = torch.from_numpy(stored[::step].copy()).view(info.dtype)
+        size, start = info.itemsize, min(start, stop)
+        stored = np.frombuffer(self._map(name), info.array, stop - start, self._places[name] + start * size)
+        found = stored[::step].copy()
         self.release(name, start * size, stop * size)
         return found
 

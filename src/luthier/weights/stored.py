@@ -9,14 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from luthier.later import torch
+from luthier.weights.info import Info
 from luthier.weights.reader import Weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -29,41 +32,43 @@ class Stored:
     stop: int
 
     @property
-    def dtype(self) -> torch.dtype:
-        return self.weights.infos[self.name].dtype
+    def info(self) -> Info:
+        return self.weights.infos[self.name]
 
     @property
     def elements(self) -> int:
         return self.stop - self.start
 
-    def read(self, out: Tensor) -> None:
-        """All of them into `out` (elements,), turned into its type."""
-        if out.dtype == self.dtype:
+    def read(self, out: NDArray[Any]) -> None:
+        """All of them into `out` (elements,): of the type of `Info.array`, or float32."""
+        if out.dtype == self.info.array:
             self.weights.read_into(self.name, self.start, out)
         else:
-            out.copy_(self.weights.read(self.name, self.start, self.stop))
+            out[:] = self._float32(self.weights.array(self.name, self.start, self.stop))
 
     def every(self, first: int, step: int) -> NDArray[np.float32]:
         """Each `step`-th from `first` on."""
-        return self.weights.every(self.name, self.start + first, self.stop, step).float().numpy()
+        return self._float32(self.weights.every(self.name, self.start + first, self.stop, step))
+
+    def _float32(self, values: NDArray[Any]) -> NDArray[np.float32]:
+        if self.info.kind == "BF16":
+            return (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        return values.astype(np.float32)
 
 
 def together(sides: Sequence[Stored]) -> NDArray[Any]:
     """(S, n): uint16, the bits of bfloat16, if that is the type of all; else float32."""
-    brief = all(side.dtype == torch.bfloat16 for side in sides)
-    found = torch.empty(len(sides), sides[0].elements, dtype=torch.bfloat16 if brief else torch.float32)
+    brief = all(side.info.kind == "BF16" for side in sides)
+    found = np.empty((len(sides), sides[0].elements), np.uint16 if brief else np.float32)
     for side, row in zip(sides, found, strict=True):
         side.read(row)
-    return found.view(torch.int16).numpy().view(np.uint16) if brief else found.numpy()
+    return found
 
 
 def as_tensor(values: NDArray[Any]) -> Tensor:
     """What `together` made into an array as a tensor again: bfloat16 or float32."""
-    return (
-        torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
-        if values.itemsize == 2
-        else torch.from_numpy(values)
-    )
+    found = torch.from_numpy(values)
+    return found.view(torch.bfloat16) if values.itemsize == 2 else found
 
 
 class Differences:

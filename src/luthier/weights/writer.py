@@ -16,17 +16,21 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from luthier.errors import InputError
 from luthier.models.checkpoint import INDEX, SINGLE
-from luthier.weights.info import NAMES, Info, raw
+from luthier.weights.info import Info, kind_of, raw
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SHARD_BYTES = 5 * 10**9
-Read = Callable[[str], Tensor | Iterable[Tensor]]
+Piece: TypeAlias = "Tensor | NDArray[Any]"  # an array has the elements as `Info.array` says
+Read: TypeAlias = "Callable[[str], Piece | Iterable[Piece]]"
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".gguf", ".index.json")
 
 
@@ -66,10 +70,9 @@ def write_file(path: Path, infos: Mapping[str, Info], read: Read) -> None:
         for name, info in infos.items():
             given = read(name)
             written = 0
-            for piece in [given] if isinstance(given, Tensor) else given:
-                if piece.dtype != info.dtype:
-                    raise ValueError(f"{name}: announced as {info}, got {piece.dtype}")
-                written += file.write(raw(piece).numpy().data)
+            pieces: Any = [given] if hasattr(given, "dtype") else given
+            for piece in pieces:
+                written += file.write(_bytes(name, info, piece))
             if written != info.bytes:
                 raise ValueError(f"{name}: announced as {info}, got {written} bytes")
         file.flush()
@@ -85,14 +88,14 @@ class PartsFile:
 
     def __init__(self, path: Path, names: Iterable[str]):
         self._infos: dict[str, Info] = {}
-        self._room = _room(len(_header({name: Info(torch.uint8, (10**15,)) for name in names})))
+        self._room = _room(len(_header({name: Info("U8", (10**15,)) for name in names})))
         self._file = path.open("wb")
         self._file.seek(8 + self._room)
 
     def add(self, name: str, pieces: Iterable[bytes]) -> int:
         """Append a part, (bytes,) uint8; returns its length."""
         size = sum(self._file.write(piece) for piece in pieces)
-        self._infos[name] = Info(torch.uint8, (size,))
+        self._infos[name] = Info("U8", (size,))
         return size
 
     def __enter__(self) -> PartsFile:
@@ -110,12 +113,20 @@ class PartsFile:
                 os.fsync(file.fileno())
 
 
+def _bytes(name: str, info: Info, piece: Any) -> memoryview:
+    """The bytes of a tensor or an array, whose type must be that of `info`."""
+    array = isinstance(piece, np.ndarray)
+    if (piece.dtype != info.array) if array else (kind_of(piece.dtype) != info.kind):
+        raise ValueError(f"{name}: announced as {info}, got {piece.dtype}")
+    return piece.data if array else raw(piece).numpy().data
+
+
 def _header(infos: Mapping[str, Info]) -> bytes:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     place = 0
     for name, info in infos.items():
         span = [place, place + info.bytes]
-        header[name] = {"dtype": NAMES[info.dtype], "shape": list(info.shape), "data_offsets": span}
+        header[name] = {"dtype": info.kind, "shape": list(info.shape), "data_offsets": span}
         place += info.bytes
     return json.dumps(header, separators=(",", ":")).encode()
 
