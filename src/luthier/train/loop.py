@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -41,7 +40,7 @@ from luthier.train.checkpoints import Checkpoints, flat_optimizer, restore_optim
 from luthier.train.copilot import companion
 from luthier.train.micro_batch import micro_batch
 from luthier.train.optimizers import inner, make_optimizer, make_schedule
-from luthier.train.ranks import on_cpu, wrapper_options
+from luthier.train.ranks import on_cpu, refuse_launch, wrapper_options
 from luthier.train.records import StepRecord, append_record, cut_records
 from luthier.train.reference import Reference, cache, without_dropout
 from luthier.train.settings import TrainSettings
@@ -109,6 +108,7 @@ class Loop:
             project_dir=str(directory) if directory else None,
             kwargs_handlers=wrapper_options(tuned),
         )
+        refuse_launch(self.accelerator, tuned)
         if self.accelerator.device.type == "cpu":
             keep_freed_memory()
         if trackers:
@@ -123,11 +123,6 @@ class Loop:
         # Together, so that FSDP2 can exchange the optimiser's parameters for their shards.
         optimizer = make_optimizer(tuned, settings, self.learning_rate)
         if tuned.averages:
-            if self.accelerator.distributed_type == DistributedType.FSDP:
-                raise InputError(
-                    f"tune.method {tuned.settings.method!r} steps parts of whole weights, and FSDP would cut them up",
-                    fix="launch without FSDP, or take lora",
-                )
             self.model = self.accelerator.prepare_model(tuned.model, evaluation_mode=True)
             self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         else:

@@ -16,9 +16,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from luthier.errors import ElsewhereError
+from luthier.errors import ElsewhereError, InputError
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from luthier.tune.base import Tuned
 
 T = TypeVar("T")
@@ -104,3 +106,26 @@ def wrapper_options(tuned: Tuned) -> list[Any]:
 
     some = tuned.switches or any(block.experts.count for block in Topology.of(tuned.base_model).blocks)
     return [DistributedDataParallelKwargs(find_unused_parameters=some)]
+
+
+def refuse_launch(accelerator: Accelerator, tuned: Tuned) -> None:
+    """`InputError` where the launcher would cut the weights up in a way that the loop, or this tuning, cannot follow.
+
+    What also depends on the settings (`switches`, soft masks) the tuning says itself, in `on_phase_begin`.
+    """
+    from accelerate.utils import DistributedType
+
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM) or (
+        kind == DistributedType.FSDP and not accelerator.is_fsdp2
+    ):
+        name = "FSDP of version 1" if kind == DistributedType.FSDP else kind.value
+        raise InputError(
+            f"the launcher is set to {name}, and the loop knows DDP and FSDP of version 2",
+            fix="launch with --multi_gpu, or set fsdp_version: 2",
+        )
+    if kind == DistributedType.FSDP and tuned.averages:
+        raise InputError(
+            f"tune.method {tuned.settings.method!r} steps parts of whole weights, and FSDP would cut them up",
+            fix="launch without FSDP, or take lora",
+        )
