@@ -7,8 +7,8 @@ mixture    three models of SmolLM2-135M's shape (random weights, float32) answer
            the sum of the seconds that transformers' own generation takes with each model alone.
 ahead      a large base, and a tuned pair that costs a fifth of it or less and mostly agrees with it (the large model is
            the small one with blocks on top that add little): `speculative: 4` against 0, one prompt, sampled.
-adapter    a base of SmolLM2-135M's shape and a LoRA on its upper half under `eft`: seconds where the lower half runs once
-           for both against seconds where each runs by itself.
+adapter    a base of SmolLM2-135M's shape and a LoRA on its upper half under `eft`: seconds with the lower half run once
+           for both against seconds with each run whole.
 memory     a base with a sparse delta on it (5% of the linears' entries, as LIFT leaves them) against the base alone:
            tensors held, and the peak of a process that generates.
 
