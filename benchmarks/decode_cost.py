@@ -1,12 +1,14 @@
-"""What mixing costs: time against the models apart, writing ahead against token by token, memory of a delta on a base.
+"""What mixing costs: time against the models apart, writing ahead against token by token, an adapter's share, memory.
 
-    python benchmarks/decode_cost.py                   all three, three repeats; about five minutes
+    python benchmarks/decode_cost.py                   all four, three repeats; about six minutes
     python benchmarks/decode_cost.py mixture --repeats 1
 
 mixture    three models of SmolLM2-135M's shape (random weights, float32) answer four prompts: seconds of `eft` against
            the sum of the seconds that transformers' own generation takes with each model alone.
 ahead      a large base, and a tuned pair that costs a fifth of it or less and mostly agrees with it (the large model is
            the small one with blocks on top that add little): `speculative: 4` against 0, one prompt, sampled.
+adapter    a base of SmolLM2-135M's shape and a LoRA on its upper half under `eft`: seconds with the lower half run once
+           for both against seconds with each run whole.
 memory     a base with a sparse delta on it (5% of the linears' entries, as LIFT leaves them) against the base alone:
            tensors held, and the peak of a process that generates.
 
@@ -31,7 +33,7 @@ from typing import Any
 from shapes import SMOLLM2_135M
 
 OUT = Path(__file__).parent / "results" / "decode_cost.json"
-TARGETS = {"mixture": 1.1, "ahead": 1.5, "memory": 1.15}
+TARGETS = {"mixture": 1.1, "ahead": 1.5, "adapter": 0.85, "memory": 1.15}
 SHAPE = {**SMOLLM2_135M, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 NEW = 32
 
@@ -147,6 +149,35 @@ def ahead(repeats: int) -> dict[str, Any]:
         "draft_cost": middle["draft"] / middle["base"],
         "ratio": middle["plain"] / middle["ahead"],
     }
+
+
+def adapter(repeats: int) -> dict[str, Any]:
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from luthier.decode import Eft, generate, open_decoder
+    from luthier.models import ModelSettings, load_tokenizer
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, layers = Path(scratch), SHAPE["num_hidden_layers"]
+        model = make(0)
+        model.save_pretrained(folder / "base")
+        load_tokenizer(ModelSettings(base="package:luthier/worlds/tiny-lm")).save_pretrained(folder / "base")
+        upper = LoraConfig(r=8, target_modules="all-linear", layers_to_transform=list(range(layers // 2, layers)))
+        get_peft_model(model, upper, adapter_name="default").save_pretrained(folder / "adapter")
+        decoder = Eft(base=str(folder / "base"), tuned=str(folder / "adapter"), weight=1.5)
+        once, apart = open_decoder(decoder), open_decoder(decoder)
+    apart.shared = {}
+    prompts = torch.randint(3, once.vocabulary, (4, 64), generator=torch.Generator().manual_seed(0)).tolist()
+    runs: dict[str, list[float]] = {"once": [], "apart": []}
+    for repeat in range(repeats + 1):
+        for arm, mixed in (("once", once), ("apart", apart)):
+            how = {"max_new_tokens": NEW, "stop_at_eos": False}
+            time_taken = seconds(lambda m=mixed, h=how: generate(m, Silent(), prompts, **h))  # type: ignore[misc]
+            if repeat:
+                runs[arm].append(time_taken)
+    blocks = once.shared["tuned"].count
+    return {"runs": runs, "blocks": blocks, "of": layers, "ratio": median(runs["once"]) / median(runs["apart"])}
 
 
 def memory(repeats: int) -> dict[str, Any]:

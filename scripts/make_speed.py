@@ -58,8 +58,9 @@ MIXING = """\
 
 What a mixture costs beside its models (`python benchmarks/decode_cost.py`): the time of three models of SmolLM2-135M's
 shape under `eft` against the sum of what transformers takes with each alone; `speculative: 4` against token by token,
-with a large base and a tuned pair that is made to agree with it mostly; and the tensors held for a base with a sparse
-delta on it (5% of the linears' entries) against the base alone.
+with a large base and a tuned pair that is made to agree with it mostly; a base and an adapter on its upper half, whose
+common blocks run once, against both run whole; and the tensors held for a base with a sparse delta on it (5% of the
+linears' entries) against the base alone.
 """
 
 
@@ -182,6 +183,9 @@ def mixing() -> list[str]:
     if (row := record.get("ahead")) is not None:
         about = f"a draft of {row['draft_cost']:.2f} of the base's time, {row['kept']:.0%} of its tokens kept"
         rows.append(f"| written ahead, faster than token by token ({about}) | {row['ratio']:.2f}x | at least 1.5x |")
+    if (row := record.get("adapter")) is not None:
+        about = f"{row['blocks']} of {row['of']} blocks run once"
+        rows.append(f"| a base with an adapter over both run whole ({about}) | {row['ratio']:.2f}x | at most 0.85x |")
     if (row := record.get("memory")) is not None:
         rows.append(
             f"| tensors of a base with a sparse delta over those of one model | {row['ratio']:.2f}x | at most 1.15x |"

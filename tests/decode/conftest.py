@@ -26,6 +26,12 @@ KINDS = {
     },
 }
 KINDS["bart"] |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "init_std": 0.3}
+KINDS |= dict.fromkeys(("mistral", "qwen2", "gpt_neox", "phi", "gemma2", "gemma3_text"), KINDS["llama"])
+KINDS["mistral"] = KINDS["mistral"] | {"sliding_window": 6}
+KINDS["gemma2"] = KINDS["gemma2"] | {"sliding_window": 6, "head_dim": 8}
+KINDS["gemma3_text"] = KINDS["gemma2"] | {
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2
+}
 KINDS["llama"] |= {"num_hidden_layers": 2, "max_position_embeddings": 48}
 
 

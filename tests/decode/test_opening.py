@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from tests.decode.mixtures import opened
 
 from luthier.decode import Eft, Single, generate
@@ -37,7 +37,16 @@ def folders(tmp_path_factory, make_model, tokenizer):
                 parameter.normal_()
     adapted.save_pretrained(root / "adapter")
     adapted.merge_and_unload().save_pretrained(root / "merged")
-    tokenizer.save_pretrained(root / "merged")
+    torch.manual_seed(3)
+    adapted = get_peft_model(make_model("llama", 0), LoraConfig(r=3, target_modules=["q_proj", "o_proj"]))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    adapted.save_pretrained(root / "other-adapter")
+    adapted.merge_and_unload().save_pretrained(root / "other-merged")
+    for name in ("merged", "other-merged"):
+        tokenizer.save_pretrained(root / name)
     return {path.name: str(path) for path in root.iterdir()}
 
 
@@ -56,6 +65,33 @@ def test_parts_answer_as_whole_models_do(folders, tokenizer, part, whole, weight
             torch.testing.assert_close(
                 torch.tensor(one.logprobs[term]), torch.tensor(other.logprobs[term]), atol=1e-4, rtol=1e-4
             )
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [("delta", "adapter"), ("adapter", "delta"), ("adapter", "other-adapter"), ("other-adapter", "adapter", "base")],
+)
+def test_several_parts_on_one_model_do_not_mix(folders, tokenizer, parts):
+    whole = {"delta": "tuned", "adapter": "merged", "other-adapter": "other-merged", "base": "base"}
+    weights = (0.7, 0.4, 0.2)[: len(parts)]
+    ours, theirs = ([folders[name] for name in names] for names in (parts, [whole[part] for part in parts]))
+    found = answers(open_decoder(Eft(base=folders["base"], tuned=ours, weight=weights)), tokenizer)
+    wanted = answers(open_decoder(Eft(base=folders["base"], tuned=theirs, weight=weights)), tokenizer)
+    for one, other in zip(found, wanted, strict=True):
+        assert one.ids == other.ids
+        for term in one.logprobs:
+            torch.testing.assert_close(
+                torch.tensor(one.logprobs[term]), torch.tensor(other.logprobs[term]), atol=1e-4, rtol=1e-4
+            )
+
+
+def test_adapters_of_two_kinds_on_one_model_are_refused(folders, make_model, tmp_path):
+    get_peft_model(
+        make_model("llama", 0), IA3Config(target_modules=["k_proj"], feedforward_modules=[])
+    ).save_pretrained(tmp_path / "ia3")
+    decoder = Eft(base=folders["base"], tuned=[folders["adapter"], str(tmp_path / "ia3")], weight=(1.0, 1.0))
+    with pytest.raises(InputError, match="adapters of the kinds IA3 and LORA cannot stand on one model"):
+        open_decoder(decoder)
 
 
 def test_a_delta_goes_in_and_out_bit_for_bit(folders):

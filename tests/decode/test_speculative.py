@@ -80,3 +80,22 @@ def test_logprobs_of_what_is_written_ahead_are_refused(make_model, tokenizer):
     model = opened(Eft(**models, speculative=2), tokenizer)
     with pytest.raises(InputError, match="kept token by token"):
         generate(model, tokenizer, PROMPTS, max_new_tokens=4, keep_logprobs=True)
+
+
+def test_prompts_longer_than_a_window_are_written_on(make_model, tokenizer):
+    models = dict(zip(("base", "tuned", "tuned_base"), (make_model("mistral", s) for s in range(3)), strict=True))
+    prompts = [list(range(5, 25)), *PROMPTS]  # the window has 6 tokens
+    plain, fast = (opened(Eft(**models, speculative=ahead), tokenizer) for ahead in (0, 3))
+    how = {"max_new_tokens": 12}
+    assert generate(fast, tokenizer, prompts, **how) == generate(plain, tokenizer, prompts, **how)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("broken", ["base", "tuned"])
+def test_a_term_of_broken_weights_is_refused(make_model, tokenizer, broken, temperature):
+    models = dict(zip(("base", "tuned", "tuned_base"), (make_model("llama", s) for s in range(3)), strict=True))
+    with torch.no_grad():
+        models[broken].lm_head.weight[5] = float("nan")
+    model = opened(Eft(**models, speculative=2), tokenizer)
+    with pytest.raises(InputError, match="the next token's scores are not numbers"):
+        generate(model, tokenizer, PROMPTS, max_new_tokens=4, temperature=temperature)

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -52,9 +51,10 @@ class AlphaScaling(Decoder):
 
     def joined(self, opened: Mapping[str, Opened]) -> dict[str, Opened]:
         base, tuned = opened["base"], opened["tuned"]
-        if tuned.active is not nullcontext:
+        if tuned.model is base.model and tuned.variant:
             raise InputError("a delta cannot be in and out of one block at a time", where="tuned", fix="apply it first")
-        model = scale(base.model, tuned.model, self.alpha)
+        with tuned.active():  # an adapter that is on stays on in the copy
+            model = scale(base.model, tuned.model, self.alpha)
         return {"scaled": Opened(model, tokenizer=tuned.tokenizer or base.tokenizer)}
 
     def scores(self, step: Step) -> Tensor:

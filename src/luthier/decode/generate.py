@@ -25,12 +25,12 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import BaseStreamer
 
 from luthier.decode.inputs import check_ids, context_length, end_ids
 from luthier.decode.mixture import Mixture
-from luthier.decode.sampling import Sampler
+from luthier.decode.sampling import Numbers, Sampler
 from luthier.errors import InputError
 from luthier.models.modes import evaluating
 
@@ -133,7 +133,7 @@ def generate(
                 room,
                 ends,
                 watch,
-                LogitsProcessorList([_Numbers(), *sampler.processors(here, [first_number + i for i in batch])]),
+                LogitsProcessorList([Numbers(), *sampler.processors(here, [first_number + i for i in batch])]),
                 streamer,
             )
         logs = _logs(model, new) if keep_logprobs else [{}] * len(batch)
@@ -354,15 +354,6 @@ class _Watch(StoppingCriteria):
         """Whether the last tokens of a text hold a stop string."""
         text = self.tokenizer.decode(ids[-self.tail :], skip_special_tokens=True)
         return any(word in text for word in self.stop)
-
-
-class _Numbers(LogitsProcessor):
-    """Refuses scores that are not numbers: a model with broken weights would otherwise write some token."""
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if bool(scores.isnan().any()):
-            raise InputError("the next token's scores are not numbers", fix="look for NaN or infinity in the weights")
-        return scores
 
 
 class _Tell(BaseStreamer):

@@ -17,6 +17,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,7 +28,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from luthier.decode.base import Decoder, Step, Term, normalised
 from luthier.decode.inputs import context_length, end_ids
+from luthier.decode.sharing import shared_blocks
 from luthier.decode.streams import Apart, Stream, open_stream
+from luthier.decode.trunk import Lower, Trunk
 from luthier.errors import InputError
 
 Prompts = Sequence[Sequence[int]]
@@ -43,12 +46,16 @@ class Opened:
         variant: tells apart what one module is under different `active`; terms with the same module and variant are
             the same model.
         tokenizer: None if there is none.
+        changed: names of the parameters and modules that differ from the module without any variant, in the names of
+            the model below PEFT's wrapper. Blocks before the first of them run once for all terms of the module. None:
+            not known, and the term runs by itself.
     """
 
     model: nn.Module
     active: Callable[[], AbstractContextManager[Any]] = nullcontext
     variant: str = ""
     tokenizer: Any = None
+    changed: frozenset[str] | None = None
 
     @property
     def key(self) -> tuple[int, str]:
@@ -67,21 +74,37 @@ class Session:
         self.memory: dict[str, Any] = {}
         self.tokens = torch.empty(self.count, 0, dtype=torch.int64)
         self._streams: dict[Any, Stream | Apart] = {}
+        self._trunks: list[Trunk] = []
         self.logs: list[dict[str, Tensor]] = []  # by step: name -> (rows,) of the drawn tokens; what was traced
         self._said: dict[str, Tensor] = {}
         self._scores: Tensor | None = None
 
     def stream(self, name: str) -> Stream | Apart:
         """The stream of a term; terms that are one model with the same prompts share one."""
-        opened, prompts = self.mixture.opened[name], self.prompts[name]
-        key = opened.key, tuple(map(tuple, prompts))
+        key = self._key(name)
         if key not in self._streams:
-            hidden = any(t.hidden for n, t in self.mixture.terms.items() if self.mixture.opened[n].key == opened.key)
-            stream = open_stream(opened.model, prompts, active=opened.active, hidden=hidden, use_cache=self.cached)
-            if self.tokens.shape[1]:
-                stream.feed(self.tokens)
-            self._streams[key] = stream
+            lower = self.mixture.shared.get(name)
+            together = {
+                self._key(other): other
+                for other, theirs in self.mixture.shared.items()
+                if lower is theirs and self._key(other)[1] == key[1]
+            }
+            trunk = Trunk(lower) if lower is not None and len(together) > 1 else None
+            for other, term in together.items() if trunk is not None else [(key, name)]:
+                self._streams[other] = self._opened(term, trunk)
+            self._trunks += [] if trunk is None else [trunk]
         return self._streams[key]
+
+    def _key(self, name: str) -> Any:
+        return self.mixture.opened[name].key, tuple(map(tuple, self.prompts[name]))
+
+    def _opened(self, name: str, trunk: Trunk | None) -> Stream | Apart:
+        opened = self.mixture.opened[name]
+        how: dict[str, Any] = {"active": opened.active, "use_cache": self.cached, "trunk": trunk}
+        stream = open_stream(opened.model, self.prompts[name], hidden=self.mixture.hidden(name), **how)
+        if self.tokens.shape[1]:
+            stream.feed(self.tokens)
+        return stream
 
     def step(self) -> Step:
         """The next token, as a decoder sees it."""
@@ -142,7 +165,7 @@ class Session:
         if self.memory:
             raise InputError(f"{self.mixture.decoder.method} has a memory of its rows, and beams would mix them up")
         self.tokens, self.rows = self.tokens[order.cpu()], self.rows[order.cpu()]
-        for stream in self._streams.values():
+        for stream in (*self._streams.values(), *self._trunks):
             stream.reorder(order)
 
 
@@ -183,6 +206,16 @@ class Mixture(nn.Module, GenerationMixin):
     def lead(self) -> Opened:
         """The first term's."""
         return self.opened[next(iter(self.terms))]
+
+    def hidden(self, name: str) -> bool:
+        """Whether the hidden states of a term's model are wanted, by it or by another term of the same model."""
+        return any(t.hidden and self.opened[n].key == self.opened[name].key for n, t in self.terms.items())
+
+    @cached_property
+    def shared(self) -> dict[str, Lower]:
+        """The blocks that a term runs together with others (see `sharing`). A term whose hidden states are wanted after
+        every block runs alone."""
+        return shared_blocks({name: one for name, one in self.opened.items() if not self.hidden(name)})
 
     @property
     def device(self) -> torch.device:
@@ -242,14 +275,24 @@ class Mixture(nn.Module, GenerationMixin):
             raise InputError(f"{self.decoder.method} decodes token by token and cannot score whole texts")
         rows, length = ids.shape
         said: dict[Any, Tensor] = {}
+        states: dict[int, Tensor] = {}
+        given: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+        given |= {} if mask is None else {"attention_mask": mask}
+
+        def below(name: str) -> AbstractContextManager[None]:
+            lower = self.shared.get(name)
+            if lower is None:
+                return nullcontext()
+            if id(lower) not in states:
+                states[id(lower)] = lower.entrance(**given)
+            return lower.skipped(states[id(lower)])
 
         def logprobs(name: str) -> Tensor:
             opened = self.opened[name]
             key = opened.key
             if key not in said:
-                given: dict[str, Any] = {} if mask is None else {"attention_mask": mask}
-                with opened.active():
-                    logits = opened.model(input_ids=ids, use_cache=False, **given).logits
+                with opened.active(), below(name):
+                    logits = opened.model(**given).logits
                 logits = logits[:, -keep:] if isinstance(keep, int) else logits[:, keep]
                 said[key] = normalised(logits[..., : self.vocabulary].flatten(0, 1))
             return said[key]

@@ -8,6 +8,8 @@
 So a tuned model that is an adapter or a sparse delta takes the memory of one model and of what changed. Of a tensor
 that changed by more than a third the tuned copy is kept whole. Writing a delta in and out costs a pass over what it
 changes at every step; where that is dearer than memory, apply it once (`luthier delta apply`) and name the outcome.
+
+Each term says which parameters it changes, so that the blocks below them run once for all (`luthier.decode.sharing`).
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 
 from luthier.decode.base import Decoder, Term
 from luthier.decode.mixture import Mixture, Opened
+from luthier.decode.streams import inner
 from luthier.decode.vocabulary import shared_vocabulary
 from luthier.errors import InputError
 from luthier.models import ModelSettings, load
@@ -54,17 +57,20 @@ def open_terms(
 ) -> dict[str, Opened]:
     """A model for each term."""
     found: dict[str, Opened] = {}
-    known: dict[str, Opened] = {}
+    known: dict[str, str] = {}  # folder: the term that named it first
     for name, term in terms.items():
         if isinstance(term.model, nn.Module):
-            found[name] = Opened(term.model.eval(), tokenizer=tokenizers.get(name))
+            changed = None if hasattr(term.model, "get_base_model") else frozenset[str]()
+            found[name] = Opened(term.model.eval(), tokenizer=tokenizers.get(name), changed=changed)
             continue
         if not isinstance(term.model, str | Path):
             raise InputError(f"expected a folder or a model, got {type(term.model).__name__}", where=name)
         where = str(term.model)
-        if where not in known:
-            known[where] = _opened(name, term, where, found, dtype, device)
-        found[name] = known[where]
+        if where in known:
+            found[name] = found[known[where]]
+        else:
+            found[name] = _opened(name, term, where, found, dtype, device)
+            known[where] = name
     return found
 
 
@@ -73,33 +79,60 @@ def _opened(name: str, term: Term, where: str, found: dict[str, Opened], dtype: 
     adapter, delta = (path / "adapter_config.json").is_file(), (path / "delta.json").is_file()
     if not adapter and not delta:
         loaded = load(ModelSettings(base=where, dtype=dtype))  # type: ignore[arg-type]
-        return Opened(loaded.model.to(device), tokenizer=loaded.tokenizer)
+        return Opened(loaded.model.to(device), tokenizer=loaded.tokenizer, changed=frozenset())
     kind = "an adapter" if adapter else "a delta"
     if term.on is None or term.on not in found:
         raise InputError(f"{name} is {kind}, and no other model is named for it to stand on", where=where)
     if adapter:
         return _on_adapter(name, where, term.on, found)
-    base = found[term.on]
-    entries = Entries(base.model, Delta.open(path), where)
-    return replace(base, active=_nested(base.active, entries.inside), variant=f"{base.variant}+{where}")
+    base, given = found[term.on], Delta.open(path)
+    active = _nested(base.active, Entries(base.model, given, where).inside)
+    changed = None if base.changed is None else base.changed | given.tensors.keys()
+    return replace(base, active=active, variant=f"{base.variant}+{where}", changed=changed)
 
 
 def _on_adapter(name: str, where: str, on: str, found: dict[str, Opened]) -> Opened:
-    """Put the adapter's layers into the model of the term `on`, which runs with them switched off from now on."""
-    from peft import PeftModel
+    """Put the adapter's layers into the model of the term `on`; they are off but where this term runs."""
+    from peft import PeftConfig, PeftModel
 
     base = found[on]
     if isinstance(base.model, PeftModel):
         raise InputError(f"{on} has adapters already", where=where, fix="merge the adapters first")
-    wrapped = PeftModel.from_pretrained(base.model, where, adapter_name="tuned").eval()
-    for other, opened in found.items():
-        if opened.key == base.key:
-            found[other] = replace(opened, active=_nested(opened.active, _off(wrapped)))
-    return Opened(wrapped, base.active, f"{base.variant}+{where}", base.tokenizer)
+    held = [*base.model.parameters(), *base.model.buffers()]
+    beside = [one.model for one in found.values() if one.model is not base.model and inner(one.model) is base.model]
+    wrapped: Any = beside[0] if beside else None
+    if wrapped is None:
+        wrapped = PeftModel.from_pretrained(base.model, where, adapter_name=name)
+    else:
+        kinds = {PeftConfig.from_pretrained(where).peft_type, *(one.peft_type for one in wrapped.peft_config.values())}
+        if len(kinds) > 1:
+            what = f"adapters of the kinds {' and '.join(sorted(kinds))} cannot stand on one model"
+            raise InputError(what, where=where, fix="merge all but one, and name the outcomes")
+        wrapped.load_adapter(where, adapter_name=name)
+    wrapped.eval()
+    old = {id(tensor) for tensor in held}
+    now = [*base.model.named_parameters(), *base.model.named_buffers()]
+    changed = None if base.changed is None else base.changed | {path for path, t in now if id(t) not in old}
+    if wrapped.peft_config[name].is_prompt_learning:  # it is in the wrapper alone
+        return Opened(wrapped, base.active, f"{base.variant}+{where}", base.tokenizer)
+    wrapped.base_model.disable_adapter_layers()
+    return Opened(
+        wrapped, _nested(base.active, _switched_on(wrapped, name)), f"{base.variant}+{where}", base.tokenizer, changed
+    )
 
 
-def _off(wrapped: Any) -> Callable[[], AbstractContextManager[Any]]:
-    return lambda: wrapped.disable_adapter()
+def _switched_on(wrapped: Any, name: str) -> Callable[[], AbstractContextManager[Any]]:
+    @contextmanager
+    def on() -> Iterator[None]:
+        if len(wrapped.peft_config) > 1:
+            wrapped.set_adapter(name, inference_mode=True)
+        wrapped.base_model.enable_adapter_layers()
+        try:
+            yield
+        finally:
+            wrapped.base_model.disable_adapter_layers()
+
+    return on
 
 
 def _nested(
@@ -125,7 +158,7 @@ class Entries:
     """
 
     def __init__(self, model: nn.Module, delta: Delta, where: str):
-        held = dict(model.state_dict(keep_vars=True))
+        held = {_plain(name): tensor for name, tensor in model.state_dict(keep_vars=True).items()}
         lost = sorted(set(delta.about["hashes"]) - held.keys())
         if lost:
             raise InputError(f"the model lacks {len(lost)} tensors of the delta ({some(lost)})", where=where)
@@ -171,6 +204,11 @@ class Entries:
             now = weight.clone()
             weight.copy_(other)
             other.copy_(now)
+
+
+def _plain(name: str) -> str:
+    """The name that a weight had before an adapter was put beside it."""
+    return name.replace(".base_layer", "").replace(".original_module", "")
 
 
 def _negative_zeros(base: Tensor, tuned: Tensor) -> bool:

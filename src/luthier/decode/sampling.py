@@ -27,6 +27,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from luthier.errors import InputError
+
 
 class Sampler(BaseModel):
     """Settings of the sampler.
@@ -73,6 +75,15 @@ class Sampler(BaseModel):
         if self.temperature > 0:
             found.append(Noise(self.seed, numbers))
         return found
+
+
+class Numbers(LogitsProcessor):
+    """Refuses scores that are not numbers: a model with broken weights would otherwise write some token."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if bool(scores.isnan().any()):
+            raise InputError("the next token's scores are not numbers", fix="look for NaN or infinity in the weights")
+        return scores
 
 
 class Penalty(LogitsProcessor):

@@ -25,7 +25,7 @@ from transformers import LogitsProcessorList
 
 from luthier.decode.base import Step, normalised
 from luthier.decode.mixture import Mixture, Session
-from luthier.decode.sampling import Penalty, Sampler, generator_of
+from luthier.decode.sampling import Numbers, Penalty, Sampler, generator_of
 from luthier.decode.streams import Apart, Stream
 from luthier.errors import InputError
 
@@ -159,9 +159,10 @@ class _Run:
                 stream.feed(torch.tensor([new]))
 
     def _shaped(self, scores: Tensor, ids: list[int]) -> Tensor:
-        """Probabilities (1, vocabulary) after the sampler's processors; at temperature 0 only penalties act."""
+        """Probabilities (1, vocabulary) after the sampler's processors; at temperature 0 only penalties act. Raises
+        `InputError` for scores that are not numbers."""
         given = torch.tensor([ids], dtype=torch.int64, device=scores.device)
-        found: Any = LogitsProcessorList()
+        found: Any = LogitsProcessorList([Numbers()])
         if self.sampler.repetition_penalty != 1:
             penalty = Penalty(self.sampler.repetition_penalty, [self.lead])
             penalty.width = 0

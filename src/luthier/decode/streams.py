@@ -9,6 +9,8 @@ Prompts of different lengths stand on the right with a mask before them, and pos
 first token, so a row's logits do not depend on its neighbours. A model that carries a state along the row would drag
 it through the padding: its rows run apart. An encoder-decoder model reads the prompt with its encoder, once, and
 writes with its decoder. A model that keeps no cache reads everything again at every step.
+
+Streams of terms whose first blocks are the same stand on a `Trunk`, which runs these blocks for all of them.
 """
 
 from __future__ import annotations
@@ -24,10 +26,11 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from luthier.decode.inputs import context_length
+from luthier.decode.trunk import CACHE, Trunk, empty_cache
 from luthier.errors import InputError
 from luthier.models.modes import evaluating
 
-_CACHES = ("past_key_values", "cache_params", "state")
+_CACHES = (CACHE, "cache_params", "state")
 
 
 class Stream:
@@ -39,6 +42,8 @@ class Stream:
         active: what must be open while the model runs, for a model that shares its weights with another.
         hidden: also keep the hidden states after every block, of the last tokens that ran, and the prompts' embeddings.
         use_cache: false reads everything again at every step.
+        trunk: of a causal model: what runs its first blocks, for other streams too; these read the same prompts, and
+            are made before any of them runs. Does not go with `hidden`.
     """
 
     def __init__(
@@ -49,12 +54,16 @@ class Stream:
         active: Callable[[], AbstractContextManager[Any]] = nullcontext,
         hidden: bool = False,
         use_cache: bool = True,
+        trunk: Trunk | None = None,
     ):
         self.model, self.active, self.hidden, self.use_cache = model, active, hidden, use_cache
+        self.trunk = trunk
+        if trunk is not None:
+            trunk.streams.append(self)
         self.device = model.get_input_embeddings().weight.device  # type: ignore[operator]
         self.seq2seq = bool(getattr(model.config, "is_encoder_decoder", False))
-        self.takes = _takes(model)
-        self.stateful = _stateful(model)  # then its rows are of one length, without padding
+        self.takes = takes(model)
+        self.stateful = is_stateful(model)  # then its rows are of one length, without padding
         self.goes_back = False  # whether `cut` will be asked for; a sliding window keeps more then
         self.cache: dict[str, Any] = {}
         self.read = 0  # columns that the cache holds
@@ -65,7 +74,7 @@ class Stream:
             on = [[1] * len(p) + f for p, f in zip(prompts, fill, strict=True)]
             self.source_mask = torch.tensor(on, device=self.device)
             with self.active(), evaluating(model), torch.no_grad():
-                self.encoded = _inner(model).get_encoder()(input_ids=ids, attention_mask=self.source_mask)
+                self.encoded = inner(model).get_encoder()(input_ids=ids, attention_mask=self.source_mask)
             start = _start(model)
             self.ids = torch.full((len(prompts), 1), start, device=self.device)
             self.mask = torch.ones_like(self.ids)
@@ -80,6 +89,11 @@ class Stream:
     @property
     def rows(self) -> int:
         return len(self.ids)
+
+    @property
+    def start(self) -> int:
+        """The first column that the next run reads."""
+        return self.read if self.cache else 0
 
     @property
     def written(self) -> Tensor:
@@ -135,7 +149,10 @@ class Stream:
     def cut(self, columns: int, read: int | None = None) -> None:
         """Back to the first `columns` columns; the cache keeps `read` of them (default: as many as it can)."""
         self.ids, self.mask = self.ids[:, :columns], self.mask[:, :columns]
-        keep = min(self.read, columns - 1 if read is None else read)
+        limit = columns - 1 if read is None else read
+        if self.trunk is not None:
+            self.trunk.cut(limit)
+        keep = min(self.read, limit)
         if self.read > keep:
             for cache in self.cache.values():
                 if not hasattr(cache, "crop"):
@@ -144,7 +161,8 @@ class Stream:
             self.read = keep
 
     def reorder(self, order: Tensor) -> None:
-        """Rows in another order, maybe some twice or left out: int64 numbers of rows, as a beam search asks for."""
+        """Rows in another order, maybe some twice or left out: int64 numbers of rows, as a beam search asks for. A
+        trunk is reordered by itself, once for all its streams."""
         order = order.to(self.device)
         self.ids, self.mask = self.ids[order], self.mask[order]
         self._last = None if self._last is None else self._last[order]
@@ -160,7 +178,8 @@ class Stream:
         """A stream of its own with every row `times` times, one after the other; it has read what this one has."""
         self.logits()
         other = copy.copy(self)
-        other.cache = copy.deepcopy(self.cache)
+        other.cache = copy.deepcopy(self.cache) if self.trunk is None else self.trunk.whole(self)
+        other.trunk = None
         if self.seq2seq:
             other.encoded = copy.copy(self.encoded)
         other.reorder(torch.arange(self.rows).repeat_interleave(times))
@@ -168,11 +187,10 @@ class Stream:
 
     # Inside
 
-    def _run(self, keep: int) -> Tensor:
-        """Run what the model has not read; logits of the last `keep` columns."""
-        start = self.read if self.cache else 0
+    def arguments(self, start: int, keep: int) -> dict[str, Any]:
+        """What the model is given, its cache aside, to read the columns from `start` on and give `keep` logits."""
         ids, mask = self.ids[:, start:], self.mask
-        given: dict[str, Any] = {**self.cache}
+        given: dict[str, Any] = {}
         if self.seq2seq:
             given |= {"encoder_outputs": self.encoded, "attention_mask": self.source_mask, "decoder_input_ids": ids}
         else:
@@ -184,19 +202,38 @@ class Stream:
                 given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, start:]
         if "logits_to_keep" in self.takes:
             given["logits_to_keep"] = keep
-        with self.active(), evaluating(self.model), torch.no_grad():
+        return given
+
+    def _run(self, keep: int) -> Tensor:
+        """Run what the model has not read; logits of the last `keep` columns."""
+        if self.use_cache and not self.cache:
+            self.cache = self._first_cache()
+        given = {**self.cache, **self.arguments(self.start, keep)}
+        below = nullcontext() if self.trunk is None else self.trunk.under(self)
+        with self.active(), evaluating(self.model), torch.no_grad(), below:
             out = self.model(**given, use_cache=self.use_cache, output_hidden_states=self.hidden or None)
         if self.use_cache:
             self.cache = {name: out[name] for name in _CACHES if getattr(out, name, None) is not None}
             for cache in self.cache.values() if self.goes_back and not self.read else ():
                 getattr(cache, "activate_past_recording", bool)()
         self.read = self.ids.shape[1]
+        if self.trunk is not None:
+            self.trunk.forget()
         if self.hidden:
             states = out.decoder_hidden_states if self.seq2seq else out.hidden_states
             if self._prompt is None and not self.seq2seq:
                 self._prompt = states[0][:, : self.begin]
             self._states = torch.stack([state[:, -keep:] for state in states[1:]], dim=1)
         return out.logits[:, -keep:].float()
+
+    def _first_cache(self) -> dict[str, Any]:
+        """The cache of the first run; none where the model makes it. What goes back is told so before it reads a prompt
+        that is longer than a window."""
+        if self.trunk is not None:
+            return self.trunk.cache_of(self)
+        if self.goes_back and not self.seq2seq and CACHE in self.takes:
+            return {CACHE: empty_cache(inner(self.model), True)}
+        return {}
 
 
 class Apart:
@@ -247,24 +284,25 @@ class Apart:
 
 def open_stream(model: nn.Module, prompts: Sequence[Sequence[int]], **options: Any) -> Stream | Apart:
     """The stream of a model; rows of different lengths run apart where a state would run through the padding."""
-    if _stateful(model) and len({len(prompt) for prompt in prompts}) > 1:
+    if is_stateful(model) and len({len(prompt) for prompt in prompts}) > 1:
         return Apart([Stream(model, [prompt], **options) for prompt in prompts])
     return Stream(model, prompts, **options)
 
 
-def _inner(model: Any) -> Any:
+def inner(model: Any) -> Any:
     """The model of transformers inside PEFT's wrapper, whose `forward` names its arguments."""
     find = getattr(model, "get_base_model", None)
     return find() if find is not None else model
 
 
-def _stateful(model: Any) -> bool:
+def is_stateful(model: Any) -> bool:
     """Whether it carries a state along the row, which padding would change."""
-    return bool(getattr(_inner(model), "_is_stateful", False))
+    return bool(getattr(inner(model), "_is_stateful", False))
 
 
-def _takes(model: nn.Module) -> frozenset[str]:
-    return frozenset(inspect.signature(_inner(model).forward).parameters)
+def takes(model: nn.Module) -> frozenset[str]:
+    """Names of what its `forward` takes."""
+    return frozenset(inspect.signature(inner(model).forward).parameters)
 
 
 def _start(model: Any) -> int:
