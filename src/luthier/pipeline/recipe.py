@@ -112,11 +112,11 @@ class Phase(Section):
         return value
 
     @model_validator(mode="after")
-    def _learns_tokens(self) -> Phase:
+    def _learns_what_it_predicts(self) -> Phase:
         from luthier.tune.base import refuse_labels
 
         try:
-            refuse_labels(self.tuning)
+            refuse_labels(self.tuning, self.objective)
         except InputError as error:
             raise ValueError(str(error)) from None
         return self
