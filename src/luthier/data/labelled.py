@@ -142,9 +142,11 @@ class Reader:
             )
         return np.ascontiguousarray(seen.transpose(2, 0, 1), dtype=np.float32) / 255
 
-    def tokens(self, shape: Sequence[int]) -> int:
-        """How many tokens a picture of this shape (channels, height, width) counts as: patches, and one for the class
-        token."""
+    def size(self, fed: Any) -> int:
+        """How many tokens an input counts as; of a picture its patches, and one for the class token."""
+        if not self.pictures:
+            return len(fed)
+        shape = fed.shape
         patch = getattr(self.config, "patch_size", None)
         side = patch if isinstance(patch, int) and patch > 0 else PATCH
         return -(-shape[1] // side) * -(-shape[2] // side) + 1
@@ -237,8 +239,7 @@ def encode_labelled(
                     label = _number(row, numbers)
                     fed = counts.sift(row, uncut, reader)
                     if fed is not None:
-                        length = reader.tokens(fed.shape) if reader.pictures else len(fed)
-                        batch.append((fed.ravel() if reader.pictures else fed, label, length, index))
+                        batch.append((fed.ravel() if reader.pictures else fed, label, reader.size(fed), index))
                 columns = zip(*batch, strict=True) if batch else ([], [], [], [])
                 arrays = [pa.array(list(c), field.type) for c, field in zip(columns, schema, strict=True)]
                 writer.write_batch(pa.record_batch(arrays, schema=schema))
@@ -270,7 +271,7 @@ class _Counts:
             if shape != self.shape:
                 what = f"the picture comes to the shape {shape}, those before it to {self.shape}"
                 raise InputError(what, where=row.get("where"), fix="scale all pictures to one size")
-            self.examples, self.tokens = self.examples + 1, self.tokens + reader.tokens(shape)
+            self.examples, self.tokens = self.examples + 1, self.tokens + reader.size(uncut)
             return uncut
         if self.limit is not None and len(uncut) > self.limit:
             if self.settings.too_long == "error":

@@ -12,7 +12,7 @@ where a saved model keeps them.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,6 +68,11 @@ def new_head(model: nn.Module, topology: Topology, classes: Sequence[str], seed:
     parent, _, name = str(topology.head).rpartition(".")
     setattr(base.get_submodule(parent), name, made.to(old.weight.device, old.weight.dtype).train(old.training))
     return name_labels(base, classes)
+
+
+def in_number_order(numbers: Mapping[str, int]) -> list[str]:
+    """Names of classes in the order of their numbers."""
+    return sorted(numbers, key=lambda name: numbers[name])
 
 
 def name_labels(model: nn.Module, classes: Sequence[str]) -> dict[str, int]:
