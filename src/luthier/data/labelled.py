@@ -4,8 +4,8 @@
     {"text": ..., "label": c}   {"input_ids": [...], "label": number of c}       as the tokenizer encodes a text
     {"image": ..., "label": c}  {"pixel_values": (channels, height, width), "label": number of c}
 
-`label` is the column that `data.label_key` names: the class, a word or a whole number (3 and "3" are one class). Which number it has is the
-model's (`luthier.models.labels`); `classes_of` lists the classes of rows in the order that a new head gives them.
+`label` is the column that `data.label_key` names: the class, a word or a whole number (3 and "3" are one class). Which
+number it has is the model's (`luthier.models.labels`); `classes_of` has the order in which a new head counts them.
 
 A text keeps the special tokens that the tokenizer puts around it, also when it is cut. Pixels come from the model's
 own image processor (size, scale, mean). Without one they are divided by 255, and every picture must have the model's
@@ -140,7 +140,7 @@ class Reader:
                 where=row.get("where"),
                 fix="give the model an image processor (preprocessor_config.json), which scales pictures",
             )
-        return np.ascontiguousarray(seen.transpose(2, 0, 1), dtype=np.float32) / 255
+        return np.ascontiguousarray(seen.transpose(2, 0, 1), dtype=np.float32) / np.float32(255)
 
     def size(self, fed: Any) -> int:
         """How many tokens an input counts as; of a picture its patches, and one for the class token."""

@@ -33,7 +33,7 @@ class Ledger:
     """The rows of a data set on disk and their numbers in memory; `add` all rows, then `close`, then ask.
 
     Attributes (arrays over rows, after `close`):
-        ids: uint64, from the content exactly.        keys: uint64, from the text, case and white space aside, or the image.
+        ids: uint64, from the content exactly.        keys: uint64, from the text, or the image.
         groups: uint64, equal within a group.         classes: int32, index into `labels`; -1 without a label.
         sources: int16, as given to `add`.            characters: int64, length of the text.
         empty: int8, 1 where an answer is empty, 2 where it is that of a pair or a judged answer; else 0.

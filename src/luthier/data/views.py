@@ -196,7 +196,9 @@ def view(examples: Examples, kinds: Sequence[str], learner: str) -> View:
             return _VIEWS[kind](examples)
     bad = int(np.flatnonzero(~fitting[0])[0])
     row = int(getattr(examples, "row", range(len(examples)))[bad]) + 1
-    found = {PLAIN: "a single answer", DESIRABLE: "a judged answer", UNDESIRABLE: "a judged answer"} | {LABELLED: "one with a class"}
+    found = {PLAIN: "a single answer", DESIRABLE: "a judged answer", UNDESIRABLE: "a judged answer"} | {
+        LABELLED: "one with a class"
+    }
     others = {PLAIN: "sft", DESIRABLE: "kto", UNDESIRABLE: "kto", LABELLED: "classification"}
     raise InputError(
         f"{learner} learns from {' or '.join(WORDS[kind] for kind in kinds)}; row {row} of the data is "

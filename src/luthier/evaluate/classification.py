@@ -70,7 +70,9 @@ class Classification(Task):
                     tensors.pop("labels")
                     logits = model(**{key: tensor.to(device) for key, tensor in tensors.items()}).logits.float()
                     best = logits.softmax(-1).max(-1)
-                    found |= dict(zip(batch, zip(best.indices.tolist(), best.values.tolist(), strict=True), strict=True))
+                    found |= dict(
+                        zip(batch, zip(best.indices.tolist(), best.values.tolist(), strict=True), strict=True)
+                    )
                 for number, row in enumerate(chunk):
                     named, sure = found[number]
                     if sure != sure:

@@ -3,10 +3,10 @@
     numbers = label_numbers(model, classes)      {"cat": 0, "dog": 1}, or None: the head is one for other classes
     numbers = new_head(model, topology, classes, seed)
 
-A head that knows all classes by name (`label2id` of its config), or whose labels have no names and number as many, or
-numbers that the classes themselves are, is kept, since what it has learned counts. Any other head is of another task;
-its last linear is replaced by one with random numbers. Either way the names stand in the config afterwards (`id2label`),
-where a saved model keeps them.
+A head is kept, since what it has learned counts, if it knows all classes by name (`label2id` of its config), or if its
+labels have no names and either the classes are their numbers or there are as many. Any other head is of another task;
+its last linear is replaced by one with random numbers. Either way the names stand in the config afterwards
+(`id2label`), where a saved model keeps them.
 """
 
 from __future__ import annotations

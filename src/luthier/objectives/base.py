@@ -45,7 +45,8 @@ class Loss:
         units: by unit, how many were summed; equals `Objective.units(batch)`.
         metrics: named (sum, weight) pairs without gradient; the loop reports sum of sums over sum of weights.
         anchor: a second loss that a tuning asked for, beside these sums and in none of them: scalar float32 with
-            gradient, the SUM over the labelled tokens of the plain part of the batch, or its labelled rows; None unless asked.
+            gradient, the SUM over the labelled tokens of the plain part of the batch, or its labelled
+            rows; None unless asked.
     """
 
     sums: dict[str, Tensor]

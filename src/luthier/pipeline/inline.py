@@ -9,7 +9,7 @@ For notebooks and for tools of your own. It trains and nothing else: no split, n
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +62,8 @@ def fit(
         directory: for metrics and checkpoints; with it, calling again after an interruption goes on where it stopped.
 
     Returns the `Tuned` (`tuned.model`, `tuned.save(folder)`, `tuned.merged()`) and a record per step. Raises
-    `InputError` if no row carries a label, and for a tuning that does not learn from rows. The head of a classifier must
-    have as many labels as the rows have classes; labels that had no name get the classes' (`model.config.id2label`).
+    `InputError` if no row carries a label, and for a tuning that does not learn from rows. The head of a classifier
+    must have as many labels as the rows have classes; labels that had no name get the classes' (`config.id2label`).
     """
     settings = train if isinstance(train, TrainSettings) else TrainSettings.model_validate(dict(train or {}))
     method: Tuning = build("tune", tuning)  # type: ignore[assignment]
@@ -86,7 +86,7 @@ def fit(
 
 
 def encode_tokens(
-    model: nn.Module, method: Tuning, tokenizer: Any, rows: list[Row], scratch: Path
+    model: nn.Module, method: Tuning, tokenizer: Any, rows: Sequence[Row], scratch: Path
 ) -> tuple[Examples, list[str], int]:
     """Rows as tokens with loss marks; no classes; the id that fills rows up."""
     encoded = encode_split(rows, tokenizer, _DATA, scratch)
@@ -97,7 +97,7 @@ def encode_tokens(
 
 
 def encode_classes(
-    model: Any, method: Tuning, processor: Any, rows: list[Row], scratch: Path
+    model: Any, method: Tuning, processor: Any, rows: Sequence[Row], scratch: Path
 ) -> tuple[Examples, list[str], int]:
     """Rows as inputs with the numbers of their classes; the classes in their order; the id that fills rows up."""
     plain = [_plain(row) for row in rows]
@@ -111,7 +111,7 @@ def encode_classes(
             f"the rows have {len(classes)} classes ({', '.join(classes[:6])}), and the model's head is one for "
             f"{', '.join(list(model.config.label2id)[:6])}",
             where="rows",
-            fix=f"load the model with num_labels={len(classes)} (and ignore_mismatched_sizes=True), which makes a new head",
+            fix=f"load it with num_labels={len(classes)} and ignore_mismatched_sizes=True, which makes a new head",
         )
     reader = Reader.of(plain, processor, model.config)
     pad = 0 if reader.pictures else align_tokenizer(processor, model)["pad"]["id"]

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import Tensor
 
 from luthier.data.collate import label_batch
 from luthier.data.labelled import Reader
@@ -152,7 +152,7 @@ def row_logits(model: Any, processor: Any, rows: Rows) -> tuple[list[Tensor], li
     return done, seconds
 
 
-def _reload(directory: Path, serve: Mapping[str, Any], load_base: Callable[[], Loaded] | None) -> tuple[nn.Module, Any]:
+def _reload(directory: Path, serve: Mapping[str, Any], load_base: Callable[[], Loaded] | None) -> tuple[Any, Any]:
     from transformers import AutoImageProcessor, AutoTokenizer
 
     with quiet():

@@ -6,6 +6,7 @@ other, and a base without a label head, gets a new one from the run's seed, the 
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -63,12 +64,13 @@ def load_classifier(context: Context) -> Loaded:
 def give_labels(loaded: Loaded, classes: list[str], recipe: Recipe) -> None:
     """Fit the head of `loaded` to `classes`, and say what was done (`model.new_head`, `model.labels`)."""
     asked, seed = recipe.model.num_labels, recipe.environment.seed
-    own = dict(loaded.model.config.id2label)  # type: ignore[union-attr,operator]
+    config: Any = loaded.model.config
+    own = dict(config.id2label)
     numbers = label_numbers(loaded.model, classes)
     shown = ", ".join(classes[:6]) + (" ..." if len(classes) > 6 else "")
     if numbers is not None:
         loaded.facts["labels"] = numbers
-        if list(own.values()) != list(loaded.model.config.id2label.values()):  # type: ignore[union-attr]
+        if list(own.values()) != list(config.id2label.values()):
             text = f"the labels of the model's head had no names; they are called {shown}, in this order"
             loaded.findings.append(Finding(level="info", code="model.labels", message=text, value=numbers))
         return
@@ -92,6 +94,7 @@ def load_ensemble(folder: Path, base: Loaded) -> nn.Module:
     from luthier.tune.levi import load as load_levi
 
     ensemble = load_levi(folder, base.model, topology=base.topology).model
+    ensemble.config = copy.deepcopy(base.model.config)  # what the base takes is what the ensemble takes
     name_labels(ensemble, in_number_order(base.facts["labels"]))
     return ensemble
 

@@ -196,9 +196,13 @@ class Recipe(Section):
             if phase.learns_labels != self.learns_labels:
                 raise ValueError(f"tune.{number}: all phases learn classes (objective: classification), or none does")
             if phase.tuning.predicts == "labels" and number + 1 < len(self.tune):
-                raise ValueError(f"tune.{number}: {phase.tuning.method} gives no plain model that a phase could go on from")
+                raise ValueError(
+                    f"tune.{number}: {phase.tuning.method} gives no plain model that a phase could go on from"
+                )
         if self.deploy.merge and self.tune[-1].tuning.predicts == "labels":
-            raise ValueError(f"deploy.merge: {self.tune[-1].tuning.method} stands beside the base and folds into no weights")
+            raise ValueError(
+                f"deploy.merge: {self.tune[-1].tuning.method} stands beside the base and folds into no weights"
+            )
         if not self.learns_labels:
             return self
         if self.data.label_key is None:

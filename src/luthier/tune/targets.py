@@ -80,8 +80,8 @@ def refuse_skipped(asked: Any, adapted: Any) -> None:
 
 
 def head_beside(model: nn.Module, topology: Topology) -> str | None:
-    """Path of an image classifier's head, which is to be tuned and saved along: PEFT does so by itself for classifiers of
-    texts, and knows no task for pictures."""
+    """Path of an image classifier's head, which is to be tuned and saved along: PEFT does so by itself for classifiers
+    of texts, and knows no task for pictures."""
     return topology.head if type(model).__name__.endswith("ForImageClassification") else None
 
 

@@ -76,7 +76,7 @@ class ModelStage(Stage):
         if any(f.level == "error" for f in findings):
             return Outcome(findings, {"model": loaded.facts})
         encoded = encode_splits(context, loaded, directory, SPLITS)
-        findings += [f for f in encoded["train"].findings]
+        findings += encoded["train"].findings
         facts: dict[str, Any] = {"model": loaded.facts, "max_length": encoded["train"].facts["max_length"]}
         facts["tokens"] = {split: int(sum(e.lengths)) for split, e in encoded.items()}
         if len(encoded["train"]):
