@@ -59,7 +59,7 @@ def new_head(model: nn.Module, topology: Topology, classes: Sequence[str], seed:
             f"{type(base).__name__} has no label head that could be made anew",
             fix="load it with one (model.kind: sequence-classifier or image-classifier)",
         )
-    made = nn.Linear(old.in_features, len(classes), bias=old.bias is not None)
+    made = nn.utils.skip_init(nn.Linear, old.in_features, len(classes), bias=old.bias is not None)
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         made.weight.normal_(0.0, float(getattr(base.config, "initializer_range", None) or 0.02), generator=draw)
