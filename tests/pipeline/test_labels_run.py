@@ -2,13 +2,18 @@
 
 import base64
 import json
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from transformers import AutoImageProcessor, AutoModelForImageClassification, AutoModelForSequenceClassification
-from transformers import ViTImageProcessor
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    ViTImageProcessor,
+)
 
 import luthier as lt
 from classifiers import bert, picture_rows, text_rows, tokenizer, vit
@@ -113,6 +118,17 @@ def test_phases_follow_each_other(pictures, tmp_path):
     run(pictures, tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["pictures", "texts"])
+def test_a_plan_says_what_a_run_does(request, kind, tmp_path):
+    recipe = request.getfixturevalue(kind)
+    made = lt.plan(recipe)
+    result = lt.run(recipe, runs=tmp_path / "runs", progress=False, until="tune")
+    tune = json.loads((result.folder / "4-tune" / "manifest.json").read_text())["facts"]["phases"][0]
+    (phase,) = made["tune"]
+    assert (phase["steps"], phase["trainable_parameters"]) == (tune["steps"], tune["trainable"])
+    assert phase["tokens"] == tune["tokens"]
+
+
 def test_a_class_that_is_not_learned_is_refused(pictures, tmp_path):
     row = {"image": np.zeros((16, 16), int).tolist(), "kind": "w"}
     (tmp_path / "odd.jsonl").write_text(json.dumps(row) + "\n")
@@ -136,7 +152,7 @@ def test_equal_pictures_are_copies_and_different_ones_are_not(tmp_path):
 
 
 class TestRecipe:
-    BASE = {
+    BASE: ClassVar = {
         "name": "a",
         "data": {"source": "rows.jsonl", "label_key": "kind"},
         "model": {"base": "base"},

@@ -121,7 +121,7 @@ def test_levi_learns_by_its_own_loss(kind):
     with torch.no_grad():
         assert records[0].loss == pytest.approx(float(tuned.model(**batch).loss), abs=1e-5)
     assert tuned.model.config.id2label == {0: "0", 1: "1", 2: "2"}
-    again, records = lt.fit(case(kind)[0], reads, rows, settings, "classification", {**PLAIN, "max_steps": 40})
+    _, records = lt.fit(case(kind)[0], reads, rows, settings, "classification", {**PLAIN, "max_steps": 40})
     assert records[-1].loss < records[0].loss / 2
 
 
@@ -161,7 +161,7 @@ class TestRefuses:
             lt.fit(vit(), None, rows, "full", "classification")
 
     def test_pictures_of_fractions(self):
-        with pytest.raises(InputError, match="array .* of 0 to 255"):
+        with pytest.raises(InputError, match=r"array .* of 0 to 255"):
             lt.fit(vit(), None, [{"image": np.zeros((8, 8)), "label": 0}], "full", "classification")
 
     def test_rows_of_the_other_kind(self):

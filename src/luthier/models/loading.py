@@ -255,6 +255,12 @@ def _tokenizer_for(
     return tokens.tokenizer_in(folder, settings, name=place.name)
 
 
+def image_processor(settings: ModelSettings) -> Any:
+    """The image processor that the base's folder names; None where it names none."""
+    place = place_of(settings)
+    return _image_processor(place.folder, place, None)
+
+
 def _image_processor(folder: Path, place: Place, tokenizer: Any) -> Any:
     """The image processor of a model without a tokenizer, if its folder names one."""
     if tokenizer is not None or not (folder / "preprocessor_config.json").is_file():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from luthier.data.rows import Rows
 from luthier.data.store import Encodings
 from luthier.errors import InputError
 from luthier.findings import Finding
-from luthier.models import Loaded, load
+from luthier.models import Loaded, load, load_tokenizer, skeleton
 from luthier.models.labels import in_number_order, label_numbers, name_labels, new_head
+from luthier.models.loading import image_processor
 from luthier.models.settings import ModelSettings
 from luthier.models.topology import Topology
 from luthier.objectives.classification import Classification
@@ -31,6 +33,21 @@ from luthier.tune.base import Tuned
 
 CLASSIFIERS = ("sequence-classifier", "image-classifier")
 NEW_HEAD = "model.new_head"
+
+
+def plan_rows(
+    recipe: Recipe, card: Mapping[str, Any], rows: Sequence[Any], directory: Path
+) -> tuple[ModelSettings, LabelledEncodings]:
+    """As what a run will load its base, and its training rows as they will be encoded, without loading any weights."""
+    pictures = "image" in card["forms"]
+    classes = in_order(name for name, count in card["labels"]["train"].items() if count)
+    settings = classifier_settings(recipe, pictures).model_copy(update={"num_labels": len(classes)})
+    processor = image_processor(settings) if pictures else load_tokenizer(settings)
+    config: Any = skeleton(settings).config
+    numbers = {name: number for number, name in enumerate(classes)}
+    limit, context = recipe.data.max_length, settings.context
+    reader = Reader.of(rows, processor, config)
+    return settings, encode_labelled(rows, reader, numbers, recipe.data, directory, limit, context=context)
 
 
 def open_split(context: Context, split: str) -> Any:

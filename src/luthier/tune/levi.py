@@ -168,6 +168,12 @@ class Levi(Tuning):
                 tuned.fill(probe.batches())
         return tuned
 
+    def planned(self, model: nn.Module, topology: Topology) -> int:
+        """As every tuning's; where nothing else tells the number of classes, it is that of the model's labels."""
+        classes = self.num_classes or getattr(getattr(model, "config", None), "num_labels", None)
+        asked = self.model_copy(update={"num_classes": classes, "cache_features": False})
+        return sum(p.numel() for p in asked.attach(model, Probe(topology)).moving().values())
+
     def _target(self, probe: Probe) -> Target:
         if probe.batches is not None:
             return Target.of(probe.batches(), self.num_classes)

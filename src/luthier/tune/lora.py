@@ -57,6 +57,7 @@ class Lora(Tuning):
         targets: `all-linear`, `attention`, `feed_forward`, or names (last parts, dotted ends, or one regular
             expression as PEFT reads it).
         peft: further options of PEFT's LoraConfig, by PEFT's names.
+            The head of a classifier moves along (`modules_to_save`).
     """
 
     method: Literal["lora"] = "lora"
