@@ -118,9 +118,11 @@ def test_phases_follow_each_other(pictures, tmp_path):
     run(pictures, tmp_path)
 
 
+@pytest.mark.parametrize("method", ["full", "levi"])
 @pytest.mark.parametrize("kind", ["pictures", "texts"])
-def test_a_plan_says_what_a_run_does(request, kind, tmp_path):
+def test_a_plan_says_what_a_run_does(request, kind, method, tmp_path):
     recipe = request.getfixturevalue(kind)
+    recipe["tune"]["method"] = method
     made = lt.plan(recipe)
     result = lt.run(recipe, runs=tmp_path / "runs", progress=False, until="tune")
     tune = json.loads((result.folder / "4-tune" / "manifest.json").read_text())["facts"]["phases"][0]

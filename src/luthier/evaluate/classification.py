@@ -51,6 +51,7 @@ class Classification(Task):
 
         from luthier.data.collate import label_batch
         from luthier.models.modes import evaluating
+        from luthier.objectives.classification import class_logits
 
         config: Any = model.config
         reader, progress = Reader.of(rows, tokenizer, config), self.progress(context)
@@ -67,8 +68,9 @@ class Classification(Task):
                 for batch in _batches([reader.size(one) for one in inputs], context.batch_tokens):
                     examples: Any = [{name: inputs[i], "label": 0} for i in batch]
                     tensors = label_batch(examples, getattr(config, "pad_token_id", None))
-                    tensors.pop("labels")
-                    logits = model(**{key: tensor.to(device) for key, tensor in tensors.items()}).logits.float()
+                    tensors = {key: tensor.to(device) for key, tensor in tensors.items()}
+                    none = tensors.pop("labels")  # what is expected may be a class that the model does not know
+                    logits = class_logits(model(**tensors), none, none < 0)
                     best = logits.softmax(-1).max(-1)
                     found |= dict(
                         zip(batch, zip(best.indices.tolist(), best.values.tolist(), strict=True), strict=True)

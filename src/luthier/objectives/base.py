@@ -146,8 +146,8 @@ class Objective(Method):
         """The loss of one micro-batch.
 
         Args:
-            model: a causal language model of transformers, or for `classification` one that gives a row's classes; possibly
-                wrapped by PEFT.
+            model: a causal language model of transformers, or for `classification` one that gives a row's classes;
+                possibly wrapped by PEFT.
             batch: see `luthier.objectives.batch`.
             credit: weights per labelled token from a rollout; None for learning from data.
             anchor: also say how far the answers to the plain part of the batch are from the base's.
