@@ -123,12 +123,12 @@ def test_in_transformers_trainer(tmp_path):
     np.testing.assert_allclose(predicted.predictions, tuned.model(**data).logits.detach().numpy(), atol=1e-5)
 
 
-def test_the_house_loop_and_a_recipe_refuse_it():
+def test_the_house_loop_and_a_recipe_refuse_it_for_tokens():
     tuned = attach(make("llama"))
     rows = [{"input_ids": [1, 2], "labels": [1, 2]}]
     with pytest.raises(InputError, match="predicts one label per row"):
         Loop(tuned, Sft(), TrainSettings(), rows)  # type: ignore[arg-type]
     recipe = {"name": "a", "data": {"source": "x.jsonl"}, "model": {"base": "b"}, "tune": {"method": "levi"}}
-    with pytest.raises(InputError, match=r"tune: .*'levi' predicts one label per row, .* Trainer") as caught:
+    with pytest.raises(InputError, match=r"tune: .*'levi' predicts one label per row, .* classification") as caught:
         load_recipe(recipe)
     assert "more)" not in str(caught.value)

@@ -12,14 +12,15 @@ Two halves. The first needs no model and works on text (stage 1 of a run):
     rows            those files, read at random
 
 The second needs the model's tokenizer (stage 2 and training): `encode` and `templates` (tokens and loss marks),
-`store` (encoded examples on disk), `batches` (the plan of an epoch), `collate` (padded or packed tensors).
+`store` (encoded examples on disk), `labelled` (the same for rows with a class), `batches` (the plan of an epoch),
+`collate` (padded or packed tensors).
 
-Beside both: `images`, pictures cut into tiles.
+Beside both: `pictures` (pictures as text in a row, and back), `images` (pictures cut into tiles).
 
 A canonical row is a plain mapping with `where` ("chats.jsonl:12"), `id` (16 hex digits, from its content), the columns
 of exactly one form (`text`; `prompt`, `completion`; `messages`, maybe `tools`; `prompt`, `chosen`, `rejected`;
-`prompt`, `completion`, `desirable`), and where the recipe asks for them `label` and `group`; columns that mean nothing
-here are kept in `extra`.
+`prompt`, `completion`, `desirable`; `image`), and where the recipe asks for them `label` and `group`; columns that mean
+nothing here are kept in `extra`.
 
 Importing this package imports neither torch nor transformers; each name is fetched when it is first used.
 """

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.data.encode import IGNORED, Encoded
+from luthier.data.labelled import Labelled
 from luthier.errors import InputError
 
 Batch = dict[str, Tensor]
@@ -70,6 +71,23 @@ def pack_batch(examples: Sequence[Encoded]) -> Batch:
     positions = np.concatenate([np.arange(length, dtype=np.int64) for length in lengths])
     columns = {"input_ids": ids, "labels": labels, "position_ids": positions}
     return {name: torch.from_numpy(column)[None] for name, column in columns.items()}
+
+
+def label_batch(examples: Sequence[Labelled], pad_id: int | None) -> Batch:
+    """One row per example with a class.
+
+    Returns:
+        `labels` (rows,) int64, the numbers of the classes; and either `input_ids` and `attention_mask` (rows, length)
+        int64, padded on the right, or `pixel_values` (rows, channels, height, width) float32. Raises `InputError` if
+        there is no example.
+    """
+    if not examples:
+        raise InputError("a batch needs at least one example")
+    labels = torch.tensor([example["label"] for example in examples], dtype=torch.int64)
+    if "pixel_values" in examples[0]:
+        return {"pixel_values": torch.from_numpy(np.stack([e["pixel_values"] for e in examples])), "labels": labels}
+    texts: list[Encoded] = [{"input_ids": e["input_ids"], "labels": e["input_ids"]} for e in examples]
+    return pad_batch(texts, pad_id, mask=True) | {"labels": labels}
 
 
 def packing_is_exact(model: nn.Module, *, tolerance: float = 1e-4, seed: int = 0) -> bool:

@@ -8,6 +8,7 @@
     instruction, output  (input, history, system)       alpaca        messages
     prompt, completion | prompt, response | question, answer    completion    prompt, completion
     text                                                text          text
+    image                                               image         image
 
 The first line that fits decides, from above; so a preference row may carry `messages` too. The first row of a source
 fixes the form for all its rows: a source of mixed forms is refused, since a row of another form is nearly always a
@@ -21,6 +22,9 @@ Alpaca becomes a conversation (instruction and input, an empty line between them
 that is what instruction data mean to a chat model. To train a raw completion on it, say `schema: completion` and
 `columns: {prompt: instruction, completion: output}`.
 
+An image is a path, bytes or an array (see `luthier.data.pictures`); it is kept as the file's bytes in base64 text. What
+a classifier learns of a text or image is the class that `label_key` names.
+
 Preference rows keep a prompt of their own. Where both sides repeat the whole conversation, what they share becomes
 the prompt, as in TRL's implicit-prompt form. Two equal sides are read, and left out where pairs are learned from.
 """
@@ -33,6 +37,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from luthier.data.conversations import Message, answered, conversation, plain, tools
+from luthier.data.pictures import picture_text
 from luthier.data.settings import DataSettings
 from luthier.errors import InputError, did_you_mean
 
@@ -46,8 +51,9 @@ _NEEDED: dict[str, tuple[tuple[str, ...], ...]] = {
     "alpaca": (("instruction", "output"),),
     "completion": (("prompt", "completion"), ("prompt", "response"), ("question", "answer")),
     "text": (("text",),),
+    "image": (("image",),),
 }
-CONTENT = ("text", "prompt", "completion", "desirable", "messages", "tools", "chosen", "rejected")
+CONTENT = ("text", "prompt", "completion", "desirable", "messages", "tools", "chosen", "rejected", "image")
 
 
 def forms_of(row: Mapping[str, Any], settings: DataSettings) -> list[str]:
@@ -181,6 +187,10 @@ def _text(view: _View) -> Row:
     return {"text": view.text("text")}
 
 
+def _image(view: _View) -> Row:
+    return {"image": picture_text(view.need("image"), view.place("image"))}
+
+
 def _completion(view: _View) -> Row:
     needed = 2 if view.answers else 1
     prompt_name, answer_name = next(
@@ -307,6 +317,7 @@ def _shared_prompt(view: _View, talks: dict[str, list[Message]]) -> str | list[M
 
 _FORMS: dict[str, Callable[[_View], Row]] = {
     "text": _text,
+    "image": _image,
     "completion": _completion,
     "messages": _messages,
     "sharegpt": _sharegpt,

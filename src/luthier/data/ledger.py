@@ -25,6 +25,7 @@ from luthier.errors import InputError
 
 MAX_CLASSES = 10_000
 EMPTY, EMPTY_JUDGED = 1, 2  # an empty answer to be imitated, and one to be compared
+_TOLD_BY = ("messages", "chosen", "desirable", "completion", "text", "image")  # the first column says the form
 SHOWN = 5  # places named in a finding
 
 
@@ -32,7 +33,7 @@ class Ledger:
     """The rows of a data set on disk and their numbers in memory; `add` all rows, then `close`, then ask.
 
     Attributes (arrays over rows, after `close`):
-        ids: uint64, from the content exactly.        keys: uint64, from the text, case and white space aside.
+        ids: uint64, from the content exactly.        keys: uint64, from the text, or the image.
         groups: uint64, equal within a group.         classes: int32, index into `labels`; -1 without a label.
         sources: int16, as given to `add`.            characters: int64, length of the text.
         empty: int8, 1 where an answer is empty, 2 where it is that of a pair or a judged answer; else 0.
@@ -68,7 +69,7 @@ class Ledger:
         text = row_text(row)
         numbers = {
             "ids": int(row["id"], 16),
-            "keys": content_key(text),
+            "keys": key_of(row["image"]) if "image" in row else content_key(text),
             "groups": key_of(row["group"]) if "group" in row else 0,
             "classes": self._class(row) if "label" in row else -1,
             "sources": source,
@@ -82,7 +83,7 @@ class Ledger:
         self._offset += len(line)
         if self._sketches is not None:
             self._sketches.write(sketch(word_hashes(row_text(row, system=False))).tobytes())
-        self.forms[next(form for form in ("messages", "chosen", "desirable", "completion", "text") if form in row)] += 1
+        self.forms[next(form for form in _TOLD_BY if form in row)] += 1
         self.private.update(private_data(text).keys())
 
     def _class(self, row: Row) -> int:

@@ -1,4 +1,5 @@
-"""What an encoded example is to its row: something to imitate, a side of a pair, or an answer with a verdict.
+"""What an encoded example is to its row: something to imitate, a side of a pair, an answer with a
+verdict, or something with a class.
 
 A row alone knows this, and tokens do not tell it any more; so it is kept beside them, a small number for each example
 (`luthier.data.store.Encodings.role`). `luthier.data.views` reads it to give each objective the examples that it learns
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-PLAIN, CHOSEN, REJECTED, DESIRABLE, UNDESIRABLE = range(5)
+PLAIN, CHOSEN, REJECTED, DESIRABLE, UNDESIRABLE, LABELLED = range(6)
 
 GOOD = (PLAIN, CHOSEN, DESIRABLE)  # roles of examples that are fit to be imitated
 

@@ -29,12 +29,12 @@ from pydantic import (
 from luthier.errors import did_you_mean
 from luthier.methods import field
 
-Form = Literal["auto", "text", "completion", "messages", "preference", "unpaired", "alpaca", "sharegpt"]
+Form = Literal["auto", "text", "completion", "messages", "preference", "unpaired", "alpaca", "sharegpt", "image"]
 
 # The columns that `columns` may rename; the keys of all forms together.
 CANONICAL_COLUMNS = (
     *("text", "prompt", "completion", "messages", "tools", "system", "chosen", "rejected", "label"),
-    *("instruction", "input", "output", "history", "conversations"),
+    *("instruction", "input", "output", "history", "conversations", "image"),
 )
 
 _CALLABLE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
@@ -128,7 +128,9 @@ class DataSettings(BaseModel):
         (0.8, 0.1, 0.1), description="Shares of training, validation and test rows; they sum to 1."
     )
     group_key: str | None = Field(None, description="Column; rows with the same value stay in the same split.")
-    label_key: str | None = Field(None, description="Column with the class of a row; every split gets its share.")
+    label_key: str | None = Field(
+        None, description="Column with the class of a row, which a classifier learns; every split gets its share."
+    )
     balance: Literal["none", "oversample", "undersample", "temperature"] = Field(
         "none", description="Repeat or leave out training rows to even out the classes of label_key."
     )

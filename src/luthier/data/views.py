@@ -3,6 +3,7 @@
     examples  answers to imitate, one by one: of a pair only the chosen side, of judged answers only the desirable ones
     pairs     (chosen, rejected); two equal sides tell nothing, so such a pair is left out and counted
     judged    single answers with a verdict; a pair is two of them
+    labelled  texts or pictures, each with a class
 
 Steps, micro-batches and epochs are planned over items, whatever these are; `rows` then lays the chosen items out as
 sequences, the good ones first. `view` takes the first kind of an objective's list that all rows can give, and refuses
@@ -20,10 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from luthier.data.encode import IGNORED, Encoded
-from luthier.data.roles import CHOSEN, DESIRABLE, GOOD, PLAIN, REJECTED, UNDESIRABLE
+from luthier.data.labelled import Labelled
+from luthier.data.roles import CHOSEN, DESIRABLE, GOOD, LABELLED, PLAIN, REJECTED, UNDESIRABLE
 from luthier.errors import InputError
 
-Kind = Literal["examples", "pairs", "judged"]
+Kind = Literal["examples", "pairs", "judged", "labelled"]
 
 
 class Examples(Protocol):
@@ -147,20 +149,38 @@ class PairedExamples(View):
         return whole.hexdigest()
 
 
+class LabelledExamples(View):
+    """Texts or pictures, each with a class. They are laid out by `labelled` and not by `rows`: nothing in them is to be
+    imitated token by token."""
+
+    def __init__(self, examples: Examples):
+        self._examples = examples
+        self.lengths = self.tokens = np.asarray(examples.lengths, dtype=np.int64)
+        self.longest = int(max(self.lengths, default=0))
+
+    def labelled(self, indices: Sequence[int]) -> list[Labelled]:
+        """Some items; without indices one without a class, for a device that has none of its own."""
+        found: list[Labelled] = [self._examples[int(i)] for i in indices]
+        return found or [{**self._examples[0], "label": IGNORED}]
+
+
 _VIEWS: dict[str, Callable[[Examples], View]] = {
     "examples": SingleExamples,
     "pairs": PairedExamples,
     "judged": JudgedExamples,
+    "labelled": LabelledExamples,
 }
 _GIVE: dict[str, tuple[int, ...]] = {  # which roles can be seen as which kind
     "examples": (PLAIN, CHOSEN, REJECTED, DESIRABLE, UNDESIRABLE),
     "pairs": (CHOSEN, REJECTED),
     "judged": (CHOSEN, REJECTED, DESIRABLE, UNDESIRABLE),
+    "labelled": (LABELLED,),
 }
 WORDS = {
     "examples": "single answers",
     "pairs": "pairs (prompt, chosen, rejected)",
     "judged": "judged answers (prompt, completion, label true or false)",
+    "labelled": "rows with a class (text or image, and data.label_key)",
 }
 
 
@@ -176,8 +196,10 @@ def view(examples: Examples, kinds: Sequence[str], learner: str) -> View:
             return _VIEWS[kind](examples)
     bad = int(np.flatnonzero(~fitting[0])[0])
     row = int(getattr(examples, "row", range(len(examples)))[bad]) + 1
-    found = {PLAIN: "a single answer", DESIRABLE: "a judged answer", UNDESIRABLE: "a judged answer"}
-    others = {PLAIN: "sft", DESIRABLE: "kto", UNDESIRABLE: "kto"}
+    found = {PLAIN: "a single answer", DESIRABLE: "a judged answer", UNDESIRABLE: "a judged answer"} | {
+        LABELLED: "one with a class"
+    }
+    others = {PLAIN: "sft", DESIRABLE: "kto", UNDESIRABLE: "kto", LABELLED: "classification"}
     raise InputError(
         f"{learner} learns from {' or '.join(WORDS[kind] for kind in kinds)}; row {row} of the data is "
         f"{found.get(int(roles[bad]), 'a pair')}",

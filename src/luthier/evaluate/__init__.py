@@ -5,6 +5,7 @@ row by row, with an interval that says how far chance could have carried it.
 
     generation    the model answers, a grader marks the answer
     choice        the model weighs given options, the likeliest is its answer
+    classification    the model names the class of a text or picture
     perplexity    how well the model foresees given text
 
 A task has a role. `target` tasks must gain, `forgetting` tasks must not lose much, `safety` tasks must not lose much
@@ -25,6 +26,7 @@ from luthier.lazy import fetched
 
 METHODS = {
     "choice": "luthier.evaluate.choice:Choice",
+    "classification": "luthier.evaluate.classification:Classification",
     "generation": "luthier.evaluate.generation:Generation",
     "perplexity": "luthier.evaluate.perplexity:Perplexity",
 }

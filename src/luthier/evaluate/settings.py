@@ -6,8 +6,8 @@
         - {method: perplexity, name: prose, role: forgetting, source: prose.jsonl}
       gates: {min_gain: 0.0, max_forgetting: 2.0, max_perplexity_rise: 10.0}
 
-Without a word, the run's own test split is judged by perplexity; whether anything was forgotten then stays unknown,
-and the report says so.
+Without a word, the run's own test split is judged by perplexity, or by classification where classes are learned;
+whether anything was forgotten then stays unknown, and the report says so.
 """
 
 from __future__ import annotations

@@ -44,6 +44,7 @@ class Loaded:
     Attributes:
         model: in eval mode, on the CPU.
         tokenizer: None for a model without a vocabulary.
+        processor: the image processor of a model that sees pictures; None where its folder names none.
         topology: where its parts are.
         kind: what it was loaded as.
         facts: json-able, for `model.json`; among them `folder`, the folder of transformers it was read from.
@@ -56,6 +57,7 @@ class Loaded:
     kind: str
     facts: dict[str, Any]
     findings: list[Finding] = field(default_factory=list)
+    processor: Any = None
 
 
 def load(settings: ModelSettings, *, cache: Path | None = None, seed: int = 0) -> Loaded:
@@ -83,7 +85,7 @@ def load(settings: ModelSettings, *, cache: Path | None = None, seed: int = 0) -
         facts = tokens.align_tokenizer(tokenizer, model)
     model.eval()
     facts = _facts(place, folder, kind, model, tokenizer, topology, settings) | facts
-    return Loaded(model, tokenizer, topology, kind, facts, findings)
+    return Loaded(model, tokenizer, topology, kind, facts, findings, _image_processor(folder, place, tokenizer))
 
 
 def check(loaded: Loaded) -> list[Finding]:
@@ -127,7 +129,7 @@ def skeleton(settings: ModelSettings, *, cache: Path | None = None) -> nn.Module
     _, config, kind = _prepare(place, settings, cache, weights=False)
     try:
         with quiet(), torch.device("meta"):
-            return _loader(kind).from_config(config, trust_remote_code=settings.trust_remote_code).eval()
+            return loader(kind).from_config(config, trust_remote_code=settings.trust_remote_code).eval()
     except Exception as error:
         raise _unreadable(error, place, kind) from error
 
@@ -157,7 +159,8 @@ def _prepare(place: Place, settings: ModelSettings, cache: Path | None, weights:
     return folder, config, kind
 
 
-def _loader(kind: str) -> Any:
+def loader(kind: str) -> Any:
+    """The class of transformers that loads a kind of model."""
     import transformers
 
     return getattr(transformers, _LOADERS[kind])
@@ -172,7 +175,7 @@ def _read(folder: Path, place: Place, kind: str, settings: ModelSettings, seed: 
     try:
         with quiet(), torch.random.fork_rng():
             torch.manual_seed(seed)
-            return _loader(kind).from_pretrained(
+            return loader(kind).from_pretrained(
                 folder,
                 dtype=dtype,
                 local_files_only=True,
@@ -250,6 +253,25 @@ def _tokenizer_for(
     if settings.tokenizer is not None:
         return tokens.load_tokenizer(settings, cache=cache)
     return tokens.tokenizer_in(folder, settings, name=place.name)
+
+
+def image_processor(settings: ModelSettings) -> Any:
+    """The image processor that the base's folder names; None where it names none."""
+    place = place_of(settings)
+    return _image_processor(place.folder, place, None)
+
+
+def _image_processor(folder: Path, place: Place, tokenizer: Any) -> Any:
+    """The image processor of a model without a tokenizer, if its folder names one."""
+    if tokenizer is not None or not (folder / "preprocessor_config.json").is_file():
+        return None
+    from transformers import AutoImageProcessor
+
+    try:
+        with quiet():
+            return AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise InputError(f"its image processor cannot be read ({first_line(error)})", where=place.name) from error
 
 
 def _resize(model: Any, tokenizer: Any, findings: list[Finding]) -> bool:

@@ -4,7 +4,7 @@
     z = alpha base + (1 - alpha) logits, as a constant
 
 With alpha 1 and T 1 the gradient is softmax(logits) - softmax(base): zero where the two agree.
-A classifier's loop makes both losses from one forward pass and hands them to the tuning:
+A loop of one's own makes both losses from one forward pass and hands them to the tuning:
 
     with torch.no_grad(), evaluating(model), tuned.untuned():
         base = model(pictures)
@@ -12,7 +12,7 @@ A classifier's loop makes both losses from one forward pass and hands them to th
     anchor = anchor_loss(logits, base, temperature, alpha).mean()
     tuned.backward(F.cross_entropy(logits, labels), anchor)
 
-For language models the loop does the same at every labelled token, by `BaseAnchor`.
+The loop here does the same, by `BaseAnchor`: at every labelled token, or for every row with a class.
 """
 
 from __future__ import annotations

@@ -8,12 +8,13 @@ sums and says how many units it summed over. What a unit is, is always explicit,
     sequence   every answer counts the same: each one's mean over its tokens is one unit
     pair       every pair of a better and a worse answer counts the same (preference losses)
     answer     every judged answer counts the same (`kto`)
+    row        every row with a class counts the same (`classification`)
 
 A mean of micro-batch means, which weighs tokens of short micro-batches more, cannot be expressed here.
 
 A loss is made in two halves, so that several objectives can share one forward pass (`luthier.objectives.weighted`):
 `prepare` adds to the batch what else the objective must know, and `judge` turns the log-probabilities of the labelled
-tokens into sums.
+tokens into sums. `classification` scores no tokens and has a `loss` of its own.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class Loss:
         units: by unit, how many were summed; equals `Objective.units(batch)`.
         metrics: named (sum, weight) pairs without gradient; the loop reports sum of sums over sum of weights.
         anchor: a second loss that a tuning asked for, beside these sums and in none of them: scalar float32 with
-            gradient, the SUM over the labelled tokens of the plain part of the batch; None unless asked.
+            gradient, the SUM over the labelled tokens of the plain part of the batch, or its labelled
+            rows; None unless asked.
     """
 
     sums: dict[str, Tensor]
@@ -106,6 +108,11 @@ class Objective(Method):
         return Needs()
 
     @property
+    def learns_labels(self) -> bool:
+        """Whether it learns one class per row, from a model that predicts classes, and not tokens."""
+        return "labelled" in self.needs().learns_from
+
+    @property
     def widens_labels(self) -> bool:
         """Whether `arrange` labels more than the answers."""
         return False
@@ -139,7 +146,8 @@ class Objective(Method):
         """The loss of one micro-batch.
 
         Args:
-            model: a causal language model of transformers, possibly wrapped by PEFT.
+            model: a causal language model of transformers, or for `classification` one that gives a row's classes;
+                possibly wrapped by PEFT.
             batch: see `luthier.objectives.batch`.
             credit: weights per labelled token from a rollout; None for learning from data.
             anchor: also say how far the answers to the plain part of the batch are from the base's.

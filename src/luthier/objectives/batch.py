@@ -8,6 +8,9 @@ they are counted through the whole batch, row by row. Other tensors have an entr
     reference_logprobs     float: summed log-probability of the answer under the reference
     <prefix>input_ids ...  a further part of the batch with sequences of its own, as an objective's `arrange` asks for
     answer_labels          where the labels are wider than the answers (a prompt is learned too), those of the answers
+
+A batch for a classifier has one label per row: `labels` (rows,) int64, with `input_ids` and `attention_mask`, or with
+`pixel_values` (rows, channels, height, width) float32.
 """
 
 from __future__ import annotations
@@ -27,8 +30,11 @@ _MODEL_COLUMNS = ("input_ids", "labels", "attention_mask", "position_ids")
 def labelled(labels: Tensor) -> Tensor:
     """Which positions predict a label: (rows, length) int64 -> (rows, length - 1) bool.
 
-    Position i predicts `labels[:, i + 1]`, so the first label of a row never counts.
+    Position i predicts `labels[:, i + 1]`, so the first label of a row never counts. Of labels of whole rows, (rows,),
+    it says which rows have one.
     """
+    if labels.ndim == 1:
+        return labels != IGNORED
     return labels[:, 1:] != IGNORED
 
 

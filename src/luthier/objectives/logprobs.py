@@ -90,7 +90,7 @@ def token_logprobs(
     chosen = labelled(labels)
     rows, before = chosen.nonzero(as_tuple=True)
     targets = labels[rows, before + 1]
-    plain = _unwrapped(model)
+    plain = unwrapped(model)
     head = _head(plain)
     after = _after_head(plain, head, batch)
     inputs = {k: v for k, v in batch.items() if k != "labels"}
@@ -138,7 +138,7 @@ def head_logits(model: nn.Module, batch: Batch, fed: Tensor) -> Tensor | None:
 
     None where no known function leads from the head's output to the logits. Nothing drops out.
     """
-    plain = _unwrapped(model)
+    plain = unwrapped(model)
     head = _head(plain)
     with torch.no_grad():
         after = _after_head(plain, head, batch)
@@ -148,7 +148,7 @@ def head_logits(model: nn.Module, batch: Batch, fed: Tensor) -> Tensor | None:
 
 def head_of(model: nn.Module) -> nn.Module:
     """The output embedding of a model, plain or wrapped; `InputError` if it has none."""
-    return _head(_unwrapped(model))
+    return _head(unwrapped(model))
 
 
 def _chunked(score: Callable[..., Scores], hidden: Tensor, targets: Tensor, base: Tensor | None, size: int) -> Scores:
@@ -175,7 +175,7 @@ def _score(logits: Tensor, targets: Tensor, entropy: bool) -> tuple[Tensor, Tens
     return logprobs, entropies, correct
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The model below DistributedDataParallel and torch.compile; PEFT's wrapper stays."""
     while True:
         inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)

@@ -79,6 +79,8 @@ class Weighted(Objective):
                 for p, n in zip(self.parts, needs, strict=True)
             ]
             raise ValueError(f"no rows serve all parts: {', '.join(each)}; tune in several phases instead")
+        if self.learns_labels:
+            raise ValueError("classification stands alone: a list shares the scores of tokens, and it has none")
         if len({n.reference for n in needs if n.reference}) > 1:
             raise ValueError("the parts name different references; write the same reference in each that needs one")
         return self

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from luthier.data.store import encode_split
 from luthier.findings import Finding
 from luthier.models import count, estimate, load_tokenizer, skeleton, verify
 from luthier.models.topology import Topology
+from luthier.pipeline.labels import plan_rows
 from luthier.pipeline.recipe import Recipe, cells, load_recipe
 from luthier.pipeline.search_grid import Grid, batch_capped
 from luthier.train.span import Span
@@ -43,15 +45,13 @@ def plan(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[st
         select = recipe.data.select
         spread = partial(stand_ins, select) if select is not None else None
         prepared = prepare(recipe.data, Path(scratch) / "rows", seed=recipe.environment.seed, select=spread)
-        tokenizer = load_tokenizer(recipe.model)
-        encoded = encode_split(
-            Rows(prepared.files["train"]),
-            tokenizer,
-            recipe.data,
-            Path(scratch) / "encoded",
-            recipe.data.max_length,
-            context=recipe.model.context,
-        )
+        base, training, aside = recipe.model, Rows(prepared.files["train"]), Path(scratch) / "encoded"
+        encoded: Any
+        if recipe.learns_labels:
+            base, encoded = plan_rows(recipe, prepared.card, training, aside)
+        else:
+            limit, context = recipe.data.max_length, base.context
+            encoded = encode_split(training, load_tokenizer(base), recipe.data, aside, limit, context=context)
         findings = [*prepared.findings, *encoded.findings]
         if select is not None:
             text = "which rows data.select keeps is known when they are scored; as many others stand in for them here"
@@ -59,9 +59,11 @@ def plan(source: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[st
         rows, tokens = len(encoded), int(sum(encoded.lengths))
         learned, longest = int(sum(encoded.loss_tokens)), int(max(encoded.lengths, default=0))
         splits = {name: len(Rows(path)) for name, path in prepared.files.items()}
-    model = skeleton(recipe.model)
+    model = skeleton(base)
     topology = Topology.of(model)
     counts = count(model, topology)
+    if recipe.learns_labels:  # no logits of a vocabulary
+        counts = replace(counts, vocabulary=0)
     phases: list[dict[str, Any]] = []
     search = recipe.environment.search
     grid = Grid.of(search, recipe.tune[0], rows) if search else None

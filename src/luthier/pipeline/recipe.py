@@ -30,6 +30,7 @@ from pydantic import (
     Field,
     SerializeAsAny,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_serializer,
     model_validator,
@@ -111,12 +112,17 @@ class Phase(Section):
             return {"tuning": build("tune", rest), **parts}
         return value
 
+    @property
+    def learns_labels(self) -> bool:
+        """Whether the objective learns classes, and not tokens."""
+        return bool(self.objective.learns_labels)  # type: ignore[attr-defined]
+
     @model_validator(mode="after")
-    def _learns_tokens(self) -> Phase:
+    def _learns_what_it_predicts(self) -> Phase:
         from luthier.tune.base import refuse_labels
 
         try:
-            refuse_labels(self.tuning)
+            refuse_labels(self.tuning, self.objective)
         except InputError as error:
             raise ValueError(str(error)) from None
         return self
@@ -145,7 +151,7 @@ class Recipe(Section):
     model: ModelSettings
     environment: EnvironmentSettings = EnvironmentSettings()
     tune: tuple[Phase, ...] = Field(min_length=1)
-    evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings)
+    evaluate: EvaluateSettings = Field(default_factory=EvaluateSettings, validate_default=True)
     deploy: DeploySettings = DeploySettings()
     monitor: MonitorSettings = MonitorSettings()
     study: StudySettings | None = None
@@ -154,6 +160,18 @@ class Recipe(Section):
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return [value] if isinstance(value, Mapping | str) else value
+
+    @field_validator("evaluate", mode="before")
+    @classmethod
+    def _own_test_split(cls, value: Any, info: ValidationInfo) -> Any:
+        """Classes are judged by classification where no task is named."""
+        tune = info.data.get("tune")
+        if not tune or not tune[0].learns_labels:
+            return value
+        given = value.model_dump(exclude_unset=True) if isinstance(value, EvaluateSettings) else value
+        if isinstance(given, Mapping) and "tasks" not in given:
+            return {**given, "tasks": [{"method": "classification", "name": "test"}]}
+        return value
 
     @model_validator(mode="after")
     def _tunings_follow(self) -> Recipe:
@@ -165,6 +183,36 @@ class Recipe(Section):
                 raise ValueError(
                     f"tune.{number}: {phase.tuning.method} goes on after {' or '.join(wanted)}, and {found}"
                 )
+        return self
+
+    @property
+    def learns_labels(self) -> bool:
+        """Whether the rows' classes are learned, and not tokens."""
+        return self.tune[0].learns_labels
+
+    @model_validator(mode="after")
+    def _learns_one_thing(self) -> Recipe:
+        for number, phase in enumerate(self.tune):
+            if phase.learns_labels != self.learns_labels:
+                raise ValueError(f"tune.{number}: all phases learn classes (objective: classification), or none does")
+            if phase.tuning.predicts == "labels" and number + 1 < len(self.tune):
+                raise ValueError(
+                    f"tune.{number}: {phase.tuning.method} gives no plain model that a phase could go on from"
+                )
+        if self.deploy.merge and self.tune[-1].tuning.predicts == "labels":
+            raise ValueError(
+                f"deploy.merge: {self.tune[-1].tuning.method} stands beside the base and folds into no weights"
+            )
+        if not self.learns_labels:
+            return self
+        if self.data.label_key is None:
+            raise ValueError("data.label_key: objective classification learns the class of a row; name its column")
+        plain = DataSettings(source=self.data.source)
+        for key in ("template", "system", "loss_on"):
+            if getattr(self.data, key) != getattr(plain, key):
+                raise ValueError(f"data.{key} says how answers are learned, and classification learns classes")
+        if self.data.packing is True:
+            raise ValueError("data.packing: rows with a class are never laid end to end")
         return self
 
     @model_validator(mode="after")

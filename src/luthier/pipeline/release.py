@@ -107,7 +107,7 @@ def write_release(
     config = _generation_config(model, tokenizer)
     with quiet(), _with_config(model, config):
         if kind == "adapter":
-            _save_adapter(model, directory, str(serve["base"]))
+            save_adapter(model, directory, str(serve["base"]))
         else:
             model.save_pretrained(directory, safe_serialization=True)
         tokenizer.save_pretrained(directory)
@@ -280,7 +280,7 @@ def _with_config(model: Any, config: GenerationConfig) -> Iterator[None]:
         holder.generation_config = before
 
 
-def _save_adapter(model: Any, directory: Path, base: str) -> None:
+def save_adapter(model: Any, directory: Path, base: str) -> None:
     model.save_pretrained(directory, safe_serialization=True, selected_adapters=[model.active_adapter])
     path = directory / "adapter_config.json"
     if not path.is_file():

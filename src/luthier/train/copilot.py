@@ -37,7 +37,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from luthier.data.views import View
+from luthier.data.views import LabelledExamples, View
 from luthier.errors import GateError, InputError
 from luthier.models.copilot import Copilot
 from luthier.objectives.batch import Batch
@@ -170,6 +170,8 @@ def companion(settings: TrainSettings, model: nn.Module, items: View, accelerato
         return Companion()
     if accelerator.num_processes > 1:
         raise InputError("a Copilot is trained on one device", where="train.copilot", fix="launch one process")
+    if isinstance(items, LabelledExamples):
+        raise InputError("a Copilot learns from tokens, and here rows have classes", where="train.copilot")
     if items.mark is not None:
         raise InputError(
             "a Copilot learns from examples to imitate, and here answers are compared or judged", where="train.copilot"

@@ -84,7 +84,7 @@ class Loop:
         trackers: Sequence[str] = (),
         rehearse: int | None = None,
     ):
-        refuse_labels(tuned.settings)
+        refuse_labels(tuned.settings, objective)
         self.needs = objective.needs()
         self.train = view(train, self.needs.learns_from, objective.method)
         self.validation: View | None = None

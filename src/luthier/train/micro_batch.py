@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from luthier.data.collate import pack_batch, pad_batch
-from luthier.data.views import PairedExamples, View
+from luthier.data.collate import label_batch, pack_batch, pad_batch
+from luthier.data.views import LabelledExamples, PairedExamples, View
 from luthier.objectives.base import Objective
 
 
@@ -20,8 +20,11 @@ def micro_batch(
 
     Beside them stand which sequences are good ones, as `chosen` or `desirable` (sequences,) bool, where the items have
     both kinds, and for pairs with known reference log-probabilities these, as `reference_logprobs`. Without indices it
-    carries no label: a device without items still takes part in the step.
+    carries no label: a device without items still takes part in the step. Items with a class give one label per row.
     """
+    if isinstance(items, LabelledExamples):
+        made = label_batch(items.labelled(indices), pad_id)
+        return {name: tensor.to(device) for name, tensor in made.items()}
     rows, good = items.rows(indices)
     batch: dict[str, Tensor] = {}
     for prefix, sequences in objective.arrange(rows, items.longest).items():

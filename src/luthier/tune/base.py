@@ -76,8 +76,9 @@ class Tuning(Method):
     Attributes:
         continues: methods after which this one may stand, and must: `attach` is handed their model as they left it,
             with what they added still beside its weights. Empty: a plain model, whatever came before.
-        predicts: what the tuned model gives: tokens, as the base does, or one label per row (then it has a loss of its
-            own, and the objectives of this house, which all learn tokens, do not apply).
+        predicts: what the tuned model gives: what the base does, or always one label per row. Then only an objective
+            that learns labels applies, and the model may say its loss itself (`row_losses`, see
+            `luthier.objectives.classification`).
         in_sessions: whether it learns from labelled examples that come in sessions (`luthier.train.sessions`), and not
             from the rows of a recipe.
     """
@@ -91,7 +92,7 @@ class Tuning(Method):
         return self.default_learning_rate
 
     continues: ClassVar[tuple[str, ...]] = ()
-    predicts: ClassVar[Literal["tokens", "labels"]] = "tokens"
+    predicts: ClassVar[Literal["as the base", "labels"]] = "as the base"
     in_sessions: ClassVar[bool] = False
 
     def attach(self, model: nn.Module, probe: Probe) -> Tuned:
@@ -103,12 +104,12 @@ class Tuning(Method):
         return sum(p.numel() for p in self.attach(model, Probe(topology)).moving().values())
 
 
-def refuse_labels(tuning: Tuning) -> None:
-    """`InputError` for a tuning that predicts labels where tokens are learned."""
-    if tuning.predicts == "labels":
+def refuse_labels(tuning: Tuning, objective: Any) -> None:
+    """`InputError` for a tuning that predicts labels where `objective` learns tokens."""
+    if tuning.predicts == "labels" and not objective.learns_labels:
         raise InputError(
-            f"tune.method {tuning.method!r} predicts one label per row, and the objectives of a run learn tokens",
-            fix="attach it in Python and train it with transformers' Trainer or a loop of your own",
+            f"tune.method {tuning.method!r} predicts one label per row, and {objective.method} learns tokens",
+            fix="take objective: classification",
         )
 
 

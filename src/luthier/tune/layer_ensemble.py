@@ -7,6 +7,8 @@
 
     loss = l(y, target) + beta / m * sum_i l(a_i, target)       l: cross entropy, or squared error in standard units
 
+`row_losses` are the terms of that loss, one per row, for an objective that sums them itself.
+
 `forward` takes what the pre-trained model takes, and `labels`; it returns `loss`, `logits` (rows, C) and
 `member_logits` (m, rows, C). For regression C is 1, labels are float, and all values are in the target's own unit: the
 members learn (y - mean) / scale, and since that map is affine, averages may be taken on either side of it.
@@ -117,22 +119,31 @@ def combined(members: Tensor, numbers: Tensor | None = None) -> Tensor:
 
 
 def ensemble_loss(members: Tensor, target: Tensor, beta: float, numbers: Tensor | None = None) -> Tensor:
-    """Scalar mean over rows: l(combined) + beta times the mean over members of l(member).
+    """Scalar: the mean over rows of `ensemble_losses`."""
+    return ensemble_losses(members, target, beta, numbers).mean()
+
+
+def ensemble_losses(members: Tensor, target: Tensor, beta: float, numbers: Tensor | None = None) -> Tensor:
+    """(rows,): l(combined) + beta times the mean over members of l(member).
 
     Args:
         members: (m, rows, C) float.
         target: (rows,) int64 for cross entropy, or (rows,) float for squared error (C is 1 then).
         beta: weight of the members' own losses; 0 leaves them out.
     """
-    single = F.cross_entropy if not target.is_floating_point() else _squared
-    loss = single(combined(members, numbers), target)
+    single = _cross_entropy if not target.is_floating_point() else _squared
+    losses = single(combined(members, numbers), target)
     if beta:
-        loss = loss + beta * torch.stack([single(member, target) for member in members]).mean()
-    return loss
+        losses = losses + beta * torch.stack([single(member, target) for member in members]).mean(0)
+    return losses
+
+
+def _cross_entropy(values: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(values, target, reduction="none")
 
 
 def _squared(values: Tensor, target: Tensor) -> Tensor:
-    return F.mse_loss(values[:, 0], target)
+    return (values[:, 0] - target).square()
 
 
 class AdaptingLayer(nn.Module):
@@ -229,6 +240,12 @@ class LayerEnsemble(nn.Module):
             loss = ensemble_loss(members, target, self.beta, self.numbers)
         restored = self.target.restored
         return EnsembleOutput(loss, restored(combined(members, self.numbers)), restored(members))
+
+    def row_losses(self, output: EnsembleOutput, labels: Tensor) -> Tensor:
+        """(rows,) losses of an output of `forward`, of which the mean is its `loss`; labels (rows,) of classes."""
+        target = self.target.prepared(labels)
+        assert output.member_logits is not None
+        return ensemble_losses(output.member_logits, target.to(output.member_logits.device), self.beta, self.numbers)
 
     def features(self, inputs: Mapping[str, Any]) -> list[Tensor]:
         """z_i of each layer, (rows, d_i) float32, of a batch with its real tokens in front; from the cache if there is

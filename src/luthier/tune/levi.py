@@ -80,7 +80,7 @@ class Levi(Tuning):
     method: Literal["levi"] = "levi"
     paper: ClassVar[int | None] = 35
     default_learning_rate: ClassVar[float] = 1e-3
-    predicts: ClassVar[Literal["tokens", "labels"]] = "labels"
+    predicts: ClassVar[Literal["as the base", "labels"]] = "labels"
     layers: tuple[int, ...] | None = Field(default=None, min_length=1)
     num_layers: int = Field(default=4, ge=1)
     pool: Literal["auto", "mean", "cls", "last"] = "auto"
@@ -168,6 +168,12 @@ class Levi(Tuning):
                 tuned.fill(probe.batches())
         return tuned
 
+    def planned(self, model: nn.Module, topology: Topology) -> int:
+        """As every tuning's; where nothing else tells the number of classes, it is that of the model's labels."""
+        classes = self.num_classes or getattr(getattr(model, "config", None), "num_labels", None)
+        asked = self.model_copy(update={"num_classes": classes, "cache_features": False})
+        return sum(p.numel() for p in asked.attach(model, Probe(topology)).moving().values())
+
     def _target(self, probe: Probe) -> Target:
         if probe.batches is not None:
             return Target.of(probe.batches(), self.num_classes)
@@ -193,7 +199,7 @@ class Levi(Tuning):
                 targets = [path for block in blocks for path in (*block.attention, *block.feed_forward)]
                 lora: Any = build("tune", {"targets": targets, **self.lora, "method": "lora"})
                 # Without a task PEFT does not tune a classifier's head along, which is not used here.
-                lora = lora.model_copy(update={"peft": {**lora.peft, "task_type": None}})
+                lora = lora.model_copy(update={"peft": {"modules_to_save": None, **lora.peft, "task_type": None}})
                 adapted = lora.attach(model, Probe(probe.topology, probe.seed)).model
             return adapted
         if self.backbone == "full":

@@ -30,7 +30,7 @@ from torch import nn
 
 from luthier.errors import InputError, did_you_mean
 from luthier.tune.base import Probe, Tuned, Tuning
-from luthier.tune.targets import refuse_skipped, target_paths, task_type
+from luthier.tune.targets import head_beside, refuse_skipped, target_paths, task_type
 
 # Options of LoraConfig that have a name of their own here, or that the run decides.
 _OURS = {
@@ -57,6 +57,7 @@ class Lora(Tuning):
         targets: `all-linear`, `attention`, `feed_forward`, or names (last parts, dotted ends, or one regular
             expression as PEFT reads it).
         peft: further options of PEFT's LoraConfig, by PEFT's names.
+            The head of a classifier moves along (`modules_to_save`).
     """
 
     method: Literal["lora"] = "lora"
@@ -85,8 +86,10 @@ class Lora(Tuning):
     def attach(self, model: nn.Module, probe: Probe) -> Tuned:
         from peft import LoraConfig, get_peft_model
 
-        alpha = 2 * self.rank if self.alpha is None else self.alpha
         options = dict(self.peft)
+        if head := head_beside(model, probe.topology):
+            options.setdefault("modules_to_save", [head])
+        alpha = 2 * self.rank if self.alpha is None else self.alpha
         try:
             config = LoraConfig(
                 r=self.rank,

@@ -11,7 +11,7 @@ image and a text tower only the image tower is masked; in any other transformer 
 biases, projections out of the tower and the head never are.
 
 `grad_dropout` holds on to what the base knew. It needs a loop that hands over both losses of one forward pass
-(`tuned.backward(loss, anchor)`): the loop here does, for language models; for classifiers see
+(`tuned.backward(loss, anchor)`): the loop here does, for tokens and for classes; for one of your own see
 `luthier.objectives.anchor`. In transformers' Trainer set `grad_dropout: {enabled: false}`.
 
 When not to use it: to learn what the base has no trace of (weights can only go), or to save memory (a score and two

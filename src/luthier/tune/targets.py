@@ -79,6 +79,12 @@ def refuse_skipped(asked: Any, adapted: Any) -> None:
         raise InputError(f"PEFT leaves out {shown} of this model", where="tune.targets", fix="try targets: attention")
 
 
+def head_beside(model: nn.Module, topology: Topology) -> str | None:
+    """Path of an image classifier's head, which is to be tuned and saved along: PEFT does so by itself for classifiers
+    of texts, and knows no task for pictures."""
+    return topology.head if type(model).__name__.endswith("ForImageClassification") else None
+
+
 def task_type(model: nn.Module) -> str | None:
     """What PEFT calls the model's kind, so that its saved adapter loads into the right class."""
     name = type(model).__name__

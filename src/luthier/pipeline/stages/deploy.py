@@ -15,6 +15,8 @@ from luthier.findings import Finding
 from luthier.models import Loaded
 from luthier.models.files import write_aside
 from luthier.pipeline.card import model_card
+from luthier.pipeline.label_release import prove_label_release, row_logits, write_label_release
+from luthier.pipeline.labels import reads
 from luthier.pipeline.recipe import Recipe, dump_recipe
 from luthier.pipeline.release import probe_logits, prove_release, write_release
 from luthier.pipeline.stage import STAGES, Context, Outcome, Stage, read_manifest
@@ -40,6 +42,8 @@ class DeployStage(Stage):
         loaded = load_base(context)
         model, _ = tuned_model(context, loaded)
         model.eval()
+        if recipe.learns_labels:
+            return self._labelled(context, loaded, model, directory)
         rows, probes = self._probes(context, loaded)
         reference = probe_logits(model, probes)  # before merging: of the model that was evaluated
         adapter = hasattr(model, "peft_config") and not recipe.deploy.merge
@@ -72,6 +76,42 @@ class DeployStage(Stage):
         folders = [directory / name for name in ("release", "delta")]
         files = [p.relative_to(directory).as_posix() for f in folders for p in sorted(f.glob("*.safetensors"))]
         return Outcome(findings, facts, files)
+
+    def _labelled(self, context: Context, loaded: Loaded, model: Any, directory: Path) -> Outcome:
+        """The same for a classifier, whose probes are rows and whose answers are logits of classes."""
+        recipe, tuned = context.recipe, context.path("tune") / "tuned"
+        rows = self._rows(context)
+        reference, _ = row_logits(model, reads(loaded), rows)
+        kind: Any = context.facts("tune")["format"]
+        if kind == "adapter" and recipe.deploy.merge:
+            model, kind = model.merge_and_unload(safe_merge=True), "model"
+        base = str(recipe.model.base if kind == "model" else loaded.facts["folder"])
+        with write_aside(directory / "release") as aside:
+            serve = write_label_release(
+                model,
+                reads(loaded),
+                aside,
+                kind=kind,
+                model_kind=loaded.kind,
+                tuned=tuned,
+                card=model_card(card_facts(context, kind, base)),
+                serve={"base": base},
+            )
+            load_anew = None if kind == "model" else lambda: load_base(context)
+            facts, findings = prove_label_release(
+                aside, serve=serve, load_base=load_anew, reference=reference, rows=rows
+            )
+        facts |= {"release": "release", "kind": kind}
+        if recipe.deploy.delta:
+            facts["delta"] = self._delta(directory, loaded, findings)
+        folders = [directory / name for name in ("release", "delta")]
+        files = [p.relative_to(directory).as_posix() for f in folders for p in sorted(f.glob("*.safetensors"))]
+        return Outcome(findings, facts, files)
+
+    def _rows(self, context: Context) -> list[Any]:
+        """A few rows, held-out ones first."""
+        splits = (Rows(context.path("data") / f"{split}.jsonl") for split in ("test", "validation", "train"))
+        return list(islice((row for rows in splits for row in rows), PROBES))
 
     def _delta(self, directory: Path, loaded: Loaded, findings: list[Finding]) -> dict[str, Any] | None:
         """Write delta/ beside release/; where base and release cannot be compared, say why."""

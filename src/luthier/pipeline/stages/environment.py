@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,8 @@ class EnvironmentStage(Stage):
 
     def _memory(self, context: Context, loaded: Any, loop: Any) -> list[Finding]:
         counts = count(loop.tuned.model, loaded.topology)
+        if context.recipe.learns_labels:  # no logits of a vocabulary
+            counts = replace(counts, vocabulary=0)
         train = context.recipe.tune[0].train
         longest = int(max(loop.train.lengths))
         length = max(longest, train.max_tokens_per_device)

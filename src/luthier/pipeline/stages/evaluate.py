@@ -18,7 +18,9 @@ from luthier.evaluate.statistics import compare
 from luthier.evaluate.suite import check_rows, examples, load_rows, notices, run_tasks, table
 from luthier.evaluate.task import Context as TaskContext
 from luthier.models import Loaded
+from luthier.models.loading import loader
 from luthier.models.topology import Topology
+from luthier.pipeline.labels import load_ensemble, reads
 from luthier.pipeline.progress import evaluation_progress
 from luthier.pipeline.recipe import Recipe
 from luthier.pipeline.stage import Context, Outcome, Stage, write_json, write_text
@@ -45,12 +47,12 @@ class EvaluateStage(Stage):
         rows = load_rows(tasks, task_context(context))
         items: dict[str, dict[str, list[Any]]] = {}
         with evaluation_progress(context.progress, "base ") as progress:
-            items["base"] = run_tasks(tasks, loaded.model, loaded.tokenizer, rows, task_context(context, progress))
+            items["base"] = run_tasks(tasks, loaded.model, reads(loaded), rows, task_context(context, progress))
         _write_items(directory, "base", items["base"])
         model, moved = tuned_model(context, loaded)
         model.to(device).eval()
         with evaluation_progress(context.progress, "tuned") as progress:
-            items["tuned"] = run_tasks(tasks, model, loaded.tokenizer, rows, task_context(context, progress))
+            items["tuned"] = run_tasks(tasks, model, reads(loaded), rows, task_context(context, progress))
         _write_items(directory, "tuned", items["tuned"])
         results = {
             task.name: compare(
@@ -94,13 +96,13 @@ def check_tasks(context: Context, loaded: Loaded) -> None:
     """Refuse before the tuning begins what would stop the evaluation after it."""
     tasks = context.recipe.evaluate.tasks
     rows = load_rows(tasks, task_context(context))
-    check_rows(tasks, rows, loaded.tokenizer, task_context(context), loaded.facts.get("context"))
+    check_rows(tasks, rows, reads(loaded), task_context(context), loaded.facts.get("context"))
 
 
 def tuned_model(context: Context, base: Loaded) -> tuple[nn.Module, list[dict[str, Any]]]:
     """The outcome of the tune stage as read back from its folder, and where the weights moved.
 
-    An adapter is put on `base.model` itself; a whole model is read beside it.
+    An adapter is put on `base.model` itself, and an ensemble around it; a whole model is read beside it.
     """
     folder = context.path("tune") / "tuned"
     if context.facts("tune")["format"] == "adapter":
@@ -108,10 +110,10 @@ def tuned_model(context: Context, base: Loaded) -> tuple[nn.Module, list[dict[st
 
         model: nn.Module = PeftModel.from_pretrained(base.model, str(folder))  # type: ignore[arg-type]
         return model, _movement(_adapter_changes(model, base.topology))
-    from transformers import AutoModelForCausalLM
-
+    if context.facts("tune")["format"] == "levi":
+        return load_ensemble(folder, base), []  # what it adds has no place in the base
     dtype = next(base.model.parameters()).dtype
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    model = loader(base.kind).from_pretrained(folder, dtype=dtype, use_safetensors=True)
     return model, _movement(_full_changes(base.model, model, base.topology))
 
 

@@ -15,6 +15,7 @@ from luthier.errors import InputError
 from luthier.findings import Finding
 from luthier.models import Loaded, check, load
 from luthier.objectives.logprobs import token_logprobs
+from luthier.pipeline.labels import encode_splits, load_classifier, sane
 from luthier.pipeline.recipe import Recipe
 from luthier.pipeline.stage import Context, Outcome, Stage, write_json
 
@@ -31,16 +32,20 @@ class ModelStage(Stage):
         encoding = recipe.data.model_dump(
             mode="json", include={"template", "system", "loss_on", "max_length", "too_long", "packing"}
         )
-        return {"model": recipe.model.model_dump(mode="json"), "encoding": encoding, "seed": recipe.environment.seed}
+        learns = "labels" if recipe.learns_labels else "tokens"
+        made = {"model": recipe.model.model_dump(mode="json"), "encoding": encoding, "learns": learns}
+        return made | {"seed": recipe.environment.seed}
 
     def run(self, context: Context, directory: Path) -> Outcome:
         recipe = context.recipe
         loaded = load_base(context)
+        if recipe.learns_labels:
+            return self._labelled(context, loaded, directory)
         if loaded.kind != "causal-lm":
             raise InputError(
                 f"a model of kind {loaded.kind} can be loaded but not yet tuned",
                 where="model.kind",
-                fix="the objective sft needs a causal language model",
+                fix="take a causal language model, or objective: classification for one with a label head",
             )
         findings = check(loaded)
         if any(f.level == "error" for f in findings):
@@ -65,6 +70,21 @@ class ModelStage(Stage):
         files = [f"{split}/{name}" for split in SPLITS for name in ("examples.arrow", "encoding.json")]
         return Outcome(findings, facts, files)
 
+    def _labelled(self, context: Context, loaded: Loaded, directory: Path) -> Outcome:
+        """The same for rows with a class: no answers, no packing."""
+        findings = check(loaded)
+        if any(f.level == "error" for f in findings):
+            return Outcome(findings, {"model": loaded.facts})
+        encoded = encode_splits(context, loaded, directory, SPLITS)
+        findings += encoded["train"].findings
+        facts: dict[str, Any] = {"model": loaded.facts, "max_length": encoded["train"].facts["max_length"]}
+        facts["tokens"] = {split: int(sum(e.lengths)) for split, e in encoded.items()}
+        if len(encoded["train"]):
+            findings += sane(loaded, encoded["train"])
+        write_json(directory / "model.json", facts)
+        files = [f"{split}/{name}" for split in SPLITS for name in ("examples.arrow", "encoding.json")]
+        return Outcome(findings, facts, files)
+
     def _packing(self, recipe: Recipe, loaded: Loaded, findings: list[Finding]) -> bool:
         wanted = recipe.data.packing
         if wanted is False:
@@ -78,7 +98,9 @@ class ModelStage(Stage):
 
 
 def load_base(context: Context) -> Loaded:
-    """The base as the recipe names it, freshly read."""
+    """The base as the recipe names it, freshly read; where classes are learned, with a head for them."""
+    if context.recipe.learns_labels:
+        return load_classifier(context)
     return load(context.recipe.model, seed=context.recipe.environment.seed)
 
 

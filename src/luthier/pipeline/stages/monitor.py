@@ -33,6 +33,8 @@ class MonitorStage(Stage):
         settings = context.recipe.monitor
         requests = read_log(Path(settings.log or ""))[-settings.window :]
         rows = Rows(context.path("data") / "validation.jsonl")
+        if len(rows) and "image" in rows[0]:
+            raise InputError("requests are held against texts, and the rows are pictures", where="monitor.log")
         reference = [prompt_text(row) or str(row.get("text", "")) for row in rows]
         report, findings = drift(
             reference, requests, warn=settings.psi_warn, error=settings.psi_error, min_requests=settings.min_requests

@@ -26,14 +26,15 @@ from typing import Any
 import torch
 import xxhash
 
-from luthier.data.store import Encodings
 from luthier.data.views import PairedExamples, view
 from luthier.errors import GateError, InputError
 from luthier.findings import Finding
 from luthier.models import Loaded
 from luthier.models.files import write_aside
+from luthier.models.labels import in_number_order, name_labels
 from luthier.models.shards import gathered, is_sharded, part_here
 from luthier.models.topology import Topology
+from luthier.pipeline.labels import open_split, resting_head
 from luthier.pipeline.progress import training_progress
 from luthier.pipeline.recipe import Phase, Recipe
 from luthier.pipeline.run import earlier_runs, link_folder
@@ -89,6 +90,8 @@ class TuneStage(Stage):
             assert loop.directory is not None
             loop.directory.mkdir(parents=True, exist_ok=True)
             findings += _left_out(loop)
+            if recipe.learns_labels and number == 1:
+                findings += resting_head(context, loop.tuned)
             if loop.span.rows_per_step < phase.train.effective_batch_size:
                 findings.append(batch_capped(phase.train.effective_batch_size, loop.span.rows_per_step, loop.span.rows))
             moving, whole = share_that_moves(loop.tuned)
@@ -180,13 +183,13 @@ def search_grid(context: Context) -> Grid | None:
     recipe = context.recipe
     if recipe.environment.search is None:
         return None
-    if not len(Encodings(context.path("model") / "validation")):
+    if not len(open_split(context, "validation")):
         raise InputError(
             "a search chooses by the validation loss, and there are no validation rows",
             where="environment.search",
             fix="give data.split a share for validation, or name data.validation_source",
         )
-    train: Any = Encodings(context.path("model") / "train")
+    train: Any = open_split(context, "train")
     (phase,) = recipe.tune
     objective: Any = phase.objective
     return Grid.of(recipe.environment.search, phase, len(view(train, objective.needs().learns_from, objective.method)))
@@ -220,19 +223,22 @@ def _attached(context: Context, loaded: Loaded, phase: Phase, seed: int) -> Tune
         loaded.topology,
         phase.objective,  # type: ignore[arg-type]
         phase.train,
-        Encodings(context.path("model") / "train"),
+        open_split(context, "train"),
         seed=seed,
         pad_id=pad_id(loaded),
         packing=bool(context.facts("model").get("packing", False)),
     )
-    return phase.tuning.attach(loaded.model, probe)  # type: ignore[attr-defined]
+    tuned: Tuned = phase.tuning.attach(loaded.model, probe)  # type: ignore[attr-defined]
+    if phase.tuning.predicts == "labels":  # type: ignore[attr-defined]
+        name_labels(tuned.model, in_number_order(loaded.facts["labels"]))
+    return tuned
 
 
 def make_loop(context: Context, loaded: Loaded, phase: Phase, *, directory: Path | None, phase_number: int = 1) -> Loop:
     """Attach a phase's tuning to a freshly loaded model and set up its loop."""
     recipe, seed = context.recipe, context.recipe.environment.seed + phase_number - 1
     tuned = _attached(context, loaded, phase, seed)
-    encoded = {name: Encodings(context.path("model") / name) for name in ("train", "validation")}
+    encoded = {name: open_split(context, name) for name in ("train", "validation")}
     loop = Loop(
         tuned,
         phase.objective,  # type: ignore[arg-type]
