@@ -68,15 +68,12 @@ class AnswerFile:
             self._same(about)
 
     def _same(self, about: Mapping[str, Any]) -> None:
+        now = _flat(about)
         try:
-            before = json.loads(self.beside.read_text(encoding="utf-8"))
-            known = before.keys() == about.keys()
-        except (OSError, ValueError, AttributeError):
-            known = False
-        if not known:
+            then = _flat(json.loads(self.beside.read_text(encoding="utf-8")))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
             what = f"does not say what the answers in {self.part.name} were made with"
-            raise InputError(what, where=str(self.beside), fix="move both away, and begin anew")
-        now, then = _flat(about), _flat(before)
+            raise InputError(what, where=str(self.beside), fix="move both away, and begin anew") from None
         other = sorted(key for key in now.keys() | then.keys() if now.get(key) != then.get(key))
         if other:
             what = f"belongs to a run that differs in {', '.join(other)}"
