@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from typer.testing import CliRunner
 
 from luthier.cli import app
 from luthier.errors import InputError
+from luthier.weights import diff
 from luthier.worlds import tiny
 
 COMMAND = CliRunner()
@@ -59,6 +63,32 @@ def test_rows_are_searched_and_labelled(tuned, tmp_path, monkeypatch):
     assert summary["mode"] == "retrieve" and summary["domains"] == {"sum": 2} and summary["novel_rate"] == 2 / 3
     rows = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
     assert sorted(row["where"] for row in rows) == [f"pool.jsonl:{line}" for line in (1, 2, 3)]
+
+
+def test_a_delta_of_a_base_in_bfloat16_gives_the_same_files(tuned, tmp_path):
+    diff(tiny.folder(), tuned, tmp_path / "delta")
+    for name, given in (("whole", tuned), ("part", tmp_path / "delta")):
+        COMMAND.invoke(app, words(given, tmp_path / f"{name}.jsonl"), catch_exceptions=False)
+    assert (tmp_path / "part.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_a_run_that_was_killed_or_met_a_full_disk_goes_on_to_the_same_file(tuned, tmp_path):
+    """Killed once some texts are written, then a limit on the size of a file that the last text does not fit into."""
+    whole, out, part = (tmp_path / name for name in ("whole.jsonl", "out.jsonl", "out.jsonl.part"))
+    COMMAND.invoke(app, [*words(tuned, whole), "n=20"], catch_exceptions=False)
+    command = [sys.executable, "-m", "luthier", *words(tuned, out), "n=20"]
+    with subprocess.Popen(command) as running:
+        while running.poll() is None and not (part.exists() and part.read_bytes().count(b"\n") >= 3):
+            time.sleep(0.02)
+        running.kill()
+    assert not out.exists() and part.exists()
+    limit = ["prlimit", f"--fsize={whole.stat().st_size - 10}"]
+    full = subprocess.run([*limit, *command], capture_output=True, text=True)
+    assert (full.returncode, full.stdout) == (4, "")
+    assert full.stderr == f"luthier: {part}: the disk is full; free some space and run again\n"
+    assert not out.exists()
+    subprocess.run(command, check=True)
+    assert out.read_bytes() == whole.read_bytes() and not part.exists()
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 import sys
+import time
 
 import pytest
 
 from luthier.cli import app, main
+from luthier.worlds import tiny
 
 TINY = "package:luthier/worlds/tiny-lm"
 
@@ -122,3 +125,63 @@ def test_what_a_broken_run_left_is_not_overwritten(luthier, tmp_path):
     assert code == 2
     assert "a run that broke off" in error
     assert part.read_text(encoding="utf-8") == "mine"
+    code, _, error = luthier("generate", TINY, "-p", "x", "-o", tmp_path / "out.jsonl", "--resume")
+    assert code == 2
+    assert "does not say what the answers in out.jsonl.part were made with" in error
+    assert part.read_text(encoding="utf-8") == "mine"
+
+
+def test_a_broken_run_goes_on_to_the_same_bytes_and_only_with_what_it_was_asked(luthier, tmp_path):
+    """600 prompts in three chunks: killed in the first or later, refused with other settings, stopped by a full disk,
+    and gone on with."""
+    out, part, whole = (tmp_path / name for name in ("out.jsonl", "out.jsonl.part", "whole.jsonl"))
+    rows = [json.dumps({"id": f"r{i}", "prompt": f"copy: {'cat' * (i % 5 + 1)} {i}"}) + "\n" for i in range(600)]
+    for name, some in (("p", rows), ("swapped", [rows[1], rows[0], *rows[2:]]), ("few", rows[:9])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(some), encoding="utf-8")
+    asked = ["generate", TINY, "--prompts", tmp_path / "p.jsonl", "--quiet", "--max-new-tokens", "4"]
+    asked += ["--temperature", "1.0", "--seed", "3"]
+    assert luthier(*asked, "-o", whole) == (0, "", "")
+    command = [sys.executable, "-m", "luthier", *asked, "-o", out]
+    with subprocess.Popen(command) as running:
+        while running.poll() is None and not part.exists():
+            time.sleep(0.01)
+        running.kill()
+    assert not out.exists()
+    lines = whole.read_bytes().splitlines(keepends=True)
+    assert part.read_bytes() == whole.read_bytes()[: part.stat().st_size]
+    part.write_bytes(b"".join(lines[:300]) + lines[300][:20])  # wherever it was killed: inside of the second chunk
+
+    before = part.read_bytes()
+    for change, words in (
+        (["--seed", "4"], "belongs to a run that differs in sampling;"),
+        (["--max-new-tokens", "5", "--logprobs"], "differs in logprobs, max_new_tokens;"),
+        (["--set", f"base={tiny.folder()}"], "differs in decoder, the files of base;"),
+        (["--prompts", tmp_path / "swapped.jsonl"], "answer 1 is of another prompt"),
+        (["--prompts", tmp_path / "few.jsonl"], "answer 10 is of another prompt"),
+    ):
+        code, _, error = luthier(*asked, "-o", out, "--resume", *change)
+        assert code == 2
+        assert words in error
+        assert len(error.strip().splitlines()) == 1
+        assert part.read_bytes() == before
+
+    limit = ["prlimit", f"--fsize={len(before) + 99}"]
+    full = subprocess.run([*limit, *command, "--resume"], capture_output=True, text=True)
+    assert (full.returncode, full.stdout) == (4, "")
+    assert f"the disk is full; what was answered is in {part}, and --resume goes on from there" in full.stderr
+    assert part.read_bytes() == whole.read_bytes()[: len(before) + 99]
+    assert luthier(*asked, "-o", out, "--resume") == (0, "", "")
+    assert out.read_bytes() == whole.read_bytes()
+    assert not list(tmp_path.glob("out.jsonl.*"))
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_run_that_gave_no_answer_leaves_no_file_and_resume_wants_a_file(luthier, tmp_path):
+    out = tmp_path / "out.jsonl"
+    assert luthier("generate", TINY, "-p", "x " * 3000, "-o", out)[0] == 2
+    assert not list(tmp_path.iterdir())
+    code, _, error = luthier("generate", TINY, "-p", "x", "--resume")
+    assert code == 2
+    assert "--resume: there is no file to go on with" in error
+    assert luthier("generate", TINY, "-p", "x", "--max-new-tokens", "3", "-o", out, "--resume")[0] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out.jsonl"]

@@ -236,8 +236,8 @@ def test_draws_depend_on_the_seed_and_on_nothing_else(models, tokenizer):
             seed=seed,
         )
 
-    def values(seed, **how):
-        found = generate(opened(make(seed), tokenizer), tokenizer, PROMPTS, max_new_tokens=4, keep_logprobs=True, **how)
+    def values(seed, prompts=PROMPTS, **how):
+        found = generate(opened(make(seed), tokenizer), tokenizer, prompts, max_new_tokens=4, keep_logprobs=True, **how)
         return [(g.ids, g.logprobs["trace.value"]) for g in found]
 
     torch.manual_seed(1)
@@ -245,6 +245,7 @@ def test_draws_depend_on_the_seed_and_on_nothing_else(models, tokenizer):
     torch.manual_seed(2)
     assert values(3) == first != values(4)
     assert values(3, batch_tokens=1) == first
+    assert values(3, PROMPTS[1:], first_number=1) == first[1:]  # the rest of what an earlier call began
 
 
 def test_an_end_token_is_not_completed_and_one_inside_ends_a_completion(models, tokenizer):

@@ -22,12 +22,14 @@ _WHERE = {
     "Novelty": "luthier.analyze.novelty",
     "Pair": "luthier.analyze.base",
     "Report": "luthier.analyze.base",
+    "open_pair": "luthier.analyze.opening",
 }
-__all__ = ["METHODS", "Analysis", "Novelty", "Pair", "Report"]
+__all__ = ["METHODS", "Analysis", "Novelty", "Pair", "Report", "open_pair"]
 
 if TYPE_CHECKING:
     from luthier.analyze.base import Analysis, Pair, Report
     from luthier.analyze.novelty import Novelty
+    from luthier.analyze.opening import open_pair
 
 
 def __getattr__(name: str) -> Any:

@@ -31,6 +31,7 @@ from torch import nn
 
 from luthier.errors import InputError
 from luthier.methods import Method
+from luthier.models.files import unwritten, write_text
 
 Progress = Callable[[int, int], None]
 Rows = Iterable[Mapping[str, Any]]
@@ -70,15 +71,17 @@ class Report:
 
     def save(self, out: Path) -> list[Path]:
         """Write rows to `out`, summary and figures beside; returns the paths. Each file is written aside and renamed;
-        the rows come last, so where they stand, all stands."""
+        the rows come last, so where they stand, all stands. Raises `CrashError` if the disk is full, `InputError` if
+        nothing can be written there."""
         pictures = {out.with_suffix(f".{name}.svg"): text for name, text in self.figures.items()}
         summary = json.dumps(self.summary, indent=2, ensure_ascii=False) + "\n"
         texts = pictures | {out.with_suffix(".summary.json"): summary, out: "".join(map(_line, self.rows))}
-        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise unwritten(error, out) from None
         for path, text in texts.items():
-            aside = path.with_name(f".{path.name}.aside")
-            aside.write_text(text, encoding="utf-8")
-            os.replace(aside, path)
+            write_text(path, text)
         return list(texts)
 
 
@@ -110,7 +113,8 @@ class Journal:
     Attributes:
         rows: those that an earlier run with the same key left; a line that broke off in the middle is dropped.
 
-    Raises `InputError` if `out` is there, or its journal belongs to another key.
+    Raises `InputError` if `out` is there, its journal belongs to another key, or nothing can be written there, and
+    `CrashError` if the disk is full; rows that were added before are kept.
     """
 
     def __init__(self, out: Path | None, key: Mapping[str, Any]):
@@ -122,24 +126,32 @@ class Journal:
             raise InputError("it is there already", where=str(out), fix="name a file that is not, or remove it")
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
-            whole = self.path.read_bytes() if self.path.exists() else b""
-            whole = whole[: whole.rfind(b"\n") + 1]
+            there = self.path.read_bytes() if self.path.exists() else b""
+            whole = there[: there.rfind(b"\n") + 1]
+            if not whole and not _line(key).encode().startswith(there):
+                raise ValueError
             lines = [json.loads(line) for line in whole.splitlines()]
             if lines and lines[0] != json.loads(_line(key)):
                 fix = "remove it, or name another file"
                 raise InputError("it was begun with other settings, models or rows", where=str(self.path), fix=fix)
             self.rows = lines[1:]
-            self.path.write_bytes(whole or _line(key).encode())
+            if self.path.exists():
+                os.truncate(self.path, len(whole))
         except ValueError:
             raise InputError("it is no journal of an analysis", where=str(self.path), fix="move it away") from None
         except OSError as error:
-            raise InputError(f"cannot be written: {error.strerror}", where=str(out)) from None
+            raise unwritten(error, out) from None
+        if not lines:
+            self.add(key)
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """One more row, on disk when this returns."""
+        """One more row, in its file when this returns."""
         if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(_line(row))
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(_line(row))
+            except OSError as error:
+                raise unwritten(error, self.path) from None
 
     def finish(self) -> None:
         """The rows stand in the final file; nothing is to be gone on with."""

@@ -27,7 +27,9 @@ EXAMPLES = (
 def analyze(
     given: Annotated[list[str] | None, typer.Argument(metavar="METHOD", help="The analysis.")] = None,
     base: Annotated[str | None, typer.Option("--base", help="The model before tuning.")] = None,
-    tuned: Annotated[str | None, typer.Option("--tuned", help="The model after it.")] = None,
+    tuned: Annotated[
+        str | None, typer.Option("--tuned", help="The model after it, or an adapter or a delta on the base.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="New file for the rows (.jsonl).")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="Settings of the analysis: n=100 ...")] = None,
     rows: Annotated[Path | None, typer.Option("--rows", help="Rows to look at; novelty then searches them.")] = None,
@@ -88,10 +90,9 @@ def _run(
     import torch
     from rich.progress import MofNCompleteColumn
 
-    from luthier.analyze import Pair
+    from luthier.analyze import open_pair
     from luthier.data.read import import_callable, read_rows
     from luthier.data.settings import DataSettings
-    from luthier.models import ModelSettings, load
 
     more: dict[str, Any] = {}
     if label is not None:
@@ -99,13 +100,12 @@ def _run(
             raise InputError(f"{method.method} takes no labeller", where="--label")
         more["label"] = import_callable(label)
     read = None if rows is None else list(read_rows(str(rows), DataSettings(source=str(rows))))
-    loaded = [load(ModelSettings(base=name)) for name in (base, tuned)]
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
-        models = [one.model.to(place) for one in loaded]
+        torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"there is no such device here ({str(error).splitlines()[0]})", where="--device") from None
-    pair = Pair(models[0], models[1], loaded[1].tokenizer, loaded[0].tokenizer)
+    pair = open_pair(base, tuned, device=place)
     with bar(method.method, MofNCompleteColumn(), quiet=quiet) as progress:
         return method.run(pair, read, out=output, progress=progress, **more)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from luthier.errors import CrashError, InputError
+from luthier.errors import InputError
 
 EXAMPLES = (
     'Examples: luthier generate runs/quickstart-1/release --prompt "How are you?" | '
@@ -35,6 +34,9 @@ def generate(
         str | None, typer.Option("--prompts", help="Rows with prompts (JSONL, CSV, Parquet, ...; .txt by line).")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="New JSONL file for the answers.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the answers that a run which broke off left beside -o.")
+    ] = False,
     formats: Annotated[
         list[str] | None, typer.Option("--format", help='chat, plain or "Q {prompt} A"; TERM=... for one term.')
     ] = None,
@@ -53,14 +55,15 @@ def generate(
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
 ) -> None:
     """Answer prompts: from the command line, a file or standard input. Answers are JSON lines, or text for a person."""
+    from luthier.pipeline.answer_file import AnswerFile, about_run
     from luthier.pipeline.generating import answers, open_asked, prompt_rows, read_decoder
 
     words = [word for word in model or () if "=" not in word or Path(word).exists()]
     given = [*(settings or ()), *(word for word in model or () if word not in words)]
     if sum((len(words) == 1, decoder is not None, recipe is not None)) != 1 or len(words) > 1:
         raise InputError("name one model, or --decoder, or --recipe", fix="luthier generate --help has examples")
-    if output is not None and output.exists():
-        raise InputError("this place is taken", where=str(output), fix="name a new file")
+    if resume and output is None:
+        raise InputError("there is no file to go on with", where="--resume", fix="name it with --output")
     named: Any = recipe or {"decoder": decoder if decoder else {"method": "single", "base": words[0]}}
     asked = read_decoder(named, given)
     sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed}
@@ -80,15 +83,26 @@ def generate(
         rows = prompt_rows("standard input", sys.stdin)
     else:
         raise InputError("there is no prompt", fix="give --prompt, --prompts FILE, or lines on standard input")
+    about = about_run(asked, logprobs=logprobs, dtype=dtype, device=device, batch_tokens=batch_tokens)
+    file = None if output is None else AnswerFile(output, about, resume=resume)
+    if file is not None:
+        rows = file.unanswered(rows)
     mixture = open_asked(asked, dtype=dtype, device=device)
     talk = output is None and prompt is not None and len(prompt) == 1 and sys.stdout.isatty()
     told = _Typing(mixture.lead.tokenizer) if talk else None
     with _bar(quiet or talk) as progress:
         found = answers(
-            mixture, asked, rows, logprobs=logprobs, batch_tokens=batch_tokens, progress=progress, tell=told
+            mixture,
+            asked,
+            rows,
+            logprobs=logprobs,
+            batch_tokens=batch_tokens,
+            first=0 if file is None else file.done,
+            progress=progress,
+            tell=told,
         )
-        if output is not None:
-            _write(found, output)
+        if file is not None:
+            file.write(found)
             return
         for record in found:
             if told is not None:
@@ -107,27 +121,6 @@ def _formats(given: Sequence[str]) -> dict[str, str]:
         term = bool(sign) and name.isidentifier()
         found[name if term else ""] = value if term else text
     return found
-
-
-def _write(records: Iterable[dict[str, Any]], output: Path) -> None:
-    """Into a file beside, which takes its name when all is written; what was written before a failure stays there, and
-    no later run writes over it."""
-    from luthier.models.files import is_full
-
-    aside = output.with_name(f"{output.name}.part")
-    if aside.exists():
-        raise InputError("holds the answers of a run that broke off", where=str(aside), fix="move it, or delete it")
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-            for record in records:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-                file.flush()
-            os.fsync(file.fileno())
-        aside.replace(output)
-    except OSError as error:
-        if is_full(error):
-            raise CrashError(f"the disk is full; what was answered is in {aside}") from None
-        raise InputError(f"cannot be written: {error.strerror}", where=str(output)) from None
 
 
 class _Typing:

@@ -124,7 +124,8 @@ def generate(
             if progress is not None:
                 progress(finished, len(prompts))
             continue
-        starting = model.prompted(theirs, batch) if isinstance(model, Mixture) else nullcontext()
+        numbers = [first_number + i for i in batch]
+        starting = model.prompted(theirs, numbers) if isinstance(model, Mixture) else nullcontext()
         with starting:
             new = _run(
                 model,
@@ -133,7 +134,7 @@ def generate(
                 room,
                 ends,
                 watch,
-                LogitsProcessorList([Numbers(), *sampler.processors(here, [first_number + i for i in batch])]),
+                LogitsProcessorList([Numbers(), *sampler.processors(here, numbers)]),
                 streamer,
             )
         logs = _logs(model, new) if keep_logprobs else [{}] * len(batch)

@@ -31,7 +31,7 @@ from luthier.errors import InputError
 from luthier.models import ModelSettings, load
 from luthier.weights import Delta
 from luthier.weights.hashing import tensor_hash
-from luthier.weights.info import some
+from luthier.weights.info import DTYPES, some
 
 DENSE = 1 / 3  # share of a tensor's entries from which on it is kept whole: a place and two values are three numbers
 
@@ -154,7 +154,8 @@ def _nested(
 class Entries:
     """What a delta changes in a model that runs: places with both values, or whole tensors.
 
-    Raises `InputError` if the model is not the delta's base, or holds its weights in numbers of another type.
+    The model may hold its weights in wider numbers than the base is stored in. Raises `InputError` if it is not the
+    delta's base, or holds them in narrower numbers.
     """
 
     def __init__(self, model: nn.Module, delta: Delta, where: str):
@@ -170,10 +171,14 @@ class Entries:
         for name in delta.tensors:
             weight = held[name].detach()
             stored = weight.cpu()
-            if tensor_hash(stored) != delta.about["hashes"][name][0]:
+            asked = stored.to(DTYPES[delta.tensors[name]["dtype"]])  # a model may be held in wider numbers
+            wider = torch.promote_types(asked.dtype, stored.dtype) == stored.dtype and torch.equal(
+                asked.to(stored.dtype), stored
+            )
+            if not wider or tensor_hash(asked) != delta.about["hashes"][name][0]:
                 what = f"{name} is not that of the base which the delta was made of"
-                raise InputError(what, where=where, fix="name that base, in the numbers it is stored in")
-            tuned = delta.applied(name, stored)
+                raise InputError(what, where=where, fix="name that base, in the numbers it is stored in or wider ones")
+            tuned = delta.applied(name, asked).to(stored.dtype)
             places = (tuned != stored).view(-1).nonzero()[:, 0]
             if len(places) > DENSE * stored.numel() or _negative_zeros(stored, tuned):
                 self.whole.append((weight, tuned.to(weight.device)))

@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from luthier.errors import CrashError, InputError
 from luthier.models.quiet import quiet
 
 SUMS = "SHA256SUMS"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def sha256(path: Path) -> str:
@@ -90,10 +91,39 @@ def write_aside(directory: Path) -> Iterator[Path]:
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether `error` says that the disk, or the user's share of it, is full (safetensors only says so in words)."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    """Whether `error` says that the disk, or the user's share of it or of one file, is full (safetensors only says so
+    in words)."""
+    if isinstance(error, OSError) and error.errno in _FULL:
         return True
-    return "No space left on device" in str(error) or "os error 28" in str(error)
+    return any(os.strerror(number) in str(error) or f"os error {number}" in str(error) for number in _FULL)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write one file (UTF-8) aside, flush it and put it in place: it is whole or it is not there. Raises what
+    `unwritten` makes of an error."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise unwritten(error, path) from error
+
+
+def unwritten(error: OSError, path: Path) -> CrashError | InputError:
+    """The sentence for a `path` that could not be written: `InputError` if nothing can be written in that place."""
+    if is_full(error):
+        return CrashError(f"{path}: the disk is full; free some space and run again")
+    said = f"cannot be written ({error.strerror or error})"
+    if isinstance(
+        error, PermissionError | NotADirectoryError | IsADirectoryError | FileExistsError | FileNotFoundError
+    ):
+        return InputError(said, where=str(path))
+    return CrashError(f"{path}: {said}")
 
 
 def save(model: Any, tokenizer: Any, directory: Path | str, facts: dict[str, Any] | None = None) -> dict[str, str]:

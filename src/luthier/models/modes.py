@@ -12,9 +12,11 @@ from torch import nn
 def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode, without noise of dropout; every module as it was afterwards."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    if any(training for _, training in modes):  # setting an attribute of a module is dear, beside a small model's pass
+        model.eval()
     try:
         yield
     finally:
         for module, training in modes:
-            module.training = training
+            if module.training != training:
+                module.training = training

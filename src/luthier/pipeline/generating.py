@@ -132,6 +132,7 @@ def answers(
     *,
     logprobs: bool = False,
     batch_tokens: int = 4096,
+    first: int = 0,
     progress: Callable[[int], None] = lambda done: None,
     tell: Tell | None = None,
 ) -> Iterator[dict[str, Any]]:
@@ -139,10 +140,11 @@ def answers(
 
     Args:
         logprobs: keep the log-probability (nats) of every token, by term and of the mixture.
+        first: how many rows were answered before these; draws depend on a row's number.
         progress: called with the number of rows done.
         tell: called with tokens as they are drawn (`luthier.decode.generate`).
     """
-    source, done = iter(rows), 0
+    source, done = iter(rows), first
     lead = next(iter(mixture.terms))
     while chunk := list(islice(source, CHUNK)):
         prompts = term_prompts(mixture, chunk, asked.formats, asked.system)
@@ -162,7 +164,7 @@ def answers(
             **asked.sampling,
         )
         for row, answer in zip(chunk, found, strict=True):
-            record = {"id": row.get("id"), "prompt": _shown(row), "text": answer.text, "finished": answer.finished}
+            record = {"id": row.get("id"), "prompt": shown(row), "text": answer.text, "finished": answer.finished}
             record["tokens"] = answer.ids
             yield record | ({"logprobs": answer.logprobs} if logprobs else {})
         done += len(chunk)
@@ -170,5 +172,6 @@ def answers(
         raise InputError("there is no prompt", where="prompts")
 
 
-def _shown(row: Mapping[str, Any]) -> Any:
+def shown(row: Mapping[str, Any]) -> Any:
+    """The prompt of a row as its record has it: text, or messages."""
     return row["messages"] if "messages" in row else prompt_text(row)

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict
 
 import luthier
 from luthier.findings import Finding
+from luthier.models.files import write_text as write_text
 from luthier.train.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -134,16 +135,6 @@ def code_version() -> str:
 def read_manifest(directory: Path) -> Manifest | None:
     path = directory / "manifest.json"
     return Manifest.model_validate_json(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file aside, flush it and put it in place: it is whole or it is not there."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
 
 
 def write_json(path: Path, value: Any) -> None:

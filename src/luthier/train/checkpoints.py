@@ -14,7 +14,6 @@ a resumed run equal the uninterrupted one bit for bit on a CPU.
 from __future__ import annotations
 
 import base64
-import errno
 import hashlib
 import json
 import os
@@ -30,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from luthier.errors import CrashError, InputError
+from luthier.models.files import is_full
 from luthier.models.shards import like
 
 BESIDE = "copilot.safetensors"
@@ -82,8 +82,7 @@ class Checkpoints:
             _flush(self.directory)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(aside, ignore_errors=True)
-            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-            reason = "the disk is full" if full else str(error)
+            reason = "the disk is full" if is_full(error) else str(error)
             raise CrashError(
                 f"{self.directory}: could not write the checkpoint after step {step}: {reason}; earlier ones are whole."
             ) from error
