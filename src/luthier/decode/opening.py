@@ -31,7 +31,7 @@ from luthier.errors import InputError
 from luthier.models import ModelSettings, load
 from luthier.weights import Delta
 from luthier.weights.hashing import tensor_hash
-from luthier.weights.info import DTYPES, some
+from luthier.weights.info import dtype_of, some
 
 DENSE = 1 / 3  # share of a tensor's entries from which on it is kept whole: a place and two values are three numbers
 
@@ -171,7 +171,7 @@ class Entries:
         for name in delta.tensors:
             weight = held[name].detach()
             stored = weight.cpu()
-            asked = stored.to(DTYPES[delta.tensors[name]["dtype"]])  # a model may be held in wider numbers
+            asked = stored.to(dtype_of(delta.tensors[name]["dtype"]))  # a model may be held in wider numbers
             wider = torch.promote_types(asked.dtype, stored.dtype) == stored.dtype and torch.equal(
                 asked.to(stored.dtype), stored
             )
