@@ -101,3 +101,10 @@ def test_the_room_imports_nothing_heavy():
         "sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'reasoning_gym')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_pairs_are_the_rows_with_a_right_and_a_wrong_answer():
+    for row, pair in zip(arithmetic.rows("swap", 30, seed=2), arithmetic.pairs("swap", 30, seed=2), strict=True):
+        assert pair["prompt"] == row["messages"][:1] and pair["chosen"] == row["messages"][1:]
+        assert arithmetic.grade(row, pair["chosen"][0]["content"]) == 1
+        assert arithmetic.grade(row, pair["rejected"][0]["content"]) == 0

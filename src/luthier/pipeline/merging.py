@@ -5,7 +5,6 @@ Here, above the rooms, data files become batches and named functions become call
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,11 @@ from luthier.data.read import import_callable
 from luthier.errors import InputError
 from luthier.merge.base import Merge, WholeModelMerge
 from luthier.merge.lineup import Step
+from luthier.merge.memory import memory_of
 from luthier.merge.recipe import MergeRecipe, StepSettings, last_step
 from luthier.merge.run import MergeResult, Say, lined_up, merge
 from luthier.merge.search import merge_search
-from luthier.merge.sources import TILE
 from luthier.pipeline.recipe_text import override, parse, read_text
-from luthier.weights.ahead import WAITING
 
 
 class Asked:
@@ -164,13 +162,7 @@ def plan_merge(asked: Asked, out: Path | None) -> dict[str, Any]:
         assert isinstance(settings.method, Merge)
         step = Step(settings.method, lined_up(settings.method, list(models.values()), base, settings.vocabulary))
         lineup = step.lineup
-        longest = max(
-            (info.shape[-1] if len(info.shape) > 1 else info.elements for info in lineup.infos.values()), default=0
-        )
-        # Tiles of float32: of the base, each model, its difference and what is made of it; as many tiles as are under
-        # way at once; and two tables of counts.
-        under_way = (WAITING + 1) * (os.cpu_count() or 1) + 1
-        memory += under_way * max(TILE, longest) * 4 * (1 + 4 * len(lineup.models)) + len(lineup.models) * 2**21
+        memory += memory_of(step)
         size = sum(info.bytes for info in lineup.infos.values())
         told.append(
             about

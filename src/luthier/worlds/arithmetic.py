@@ -141,6 +141,19 @@ def rows(
         yield {"messages": messages, "skill": name, "answer": answer}
 
 
+def pairs(
+    skill: str | Sequence[str] = "add", count: int = 400, seed: int = 0, part: str = "all"
+) -> Iterator[dict[str, Any]]:
+    """Preference rows: the questions of `rows`, with the right answer and a wrong one, the right one with a digit more.
+
+    Yields `{"prompt": [user], "chosen": [assistant], "rejected": [assistant]}`; arguments and errors as of `rows`.
+    """
+    for row in rows(skill, count, seed, part):
+        question, right = row["messages"]
+        wrong = {"role": "assistant", "content": f"{right['content']} {right['content'][0]}"}
+        yield {"prompt": [question], "chosen": [right], "rejected": [wrong]}
+
+
 def grade(row: Mapping[str, Any], answer: str) -> float:
     """1.0 if `answer` is the row's own last message, white space around it aside, else 0.0."""
     return float(answer.strip() == str(row["messages"][-1]["content"]).strip())
