@@ -163,8 +163,9 @@ def adapter(repeats: int) -> dict[str, Any]:
         model = make(0)
         model.save_pretrained(folder / "base")
         load_tokenizer(ModelSettings(base="package:luthier/worlds/tiny-lm")).save_pretrained(folder / "base")
-        upper = LoraConfig(r=8, target_modules="all-linear", layers_to_transform=list(range(layers // 2, layers)))
-        get_peft_model(model, upper, adapter_name="default").save_pretrained(folder / "adapter")
+        linears = [f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down")]
+        upper = LoraConfig(r=8, target_modules=linears, layers_to_transform=list(range(layers // 2, layers)))
+        get_peft_model(model, upper).save_pretrained(folder / "adapter")
         decoder = Eft(base=str(folder / "base"), tuned=str(folder / "adapter"), weight=1.5)
         once, apart = open_decoder(decoder), open_decoder(decoder)
     apart.shared = {}
