@@ -1,4 +1,4 @@
-"""The plan's memory is a bound of what a merge takes, and no more than twice that."""
+"""The plan's memory is a bound of what a merge takes, and no more than three times that."""
 
 import json
 import shutil
@@ -86,8 +86,8 @@ def models(request, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("method", ["linear", "task-arithmetic", "ties", "slerp"])
-def test_the_plan_bounds_what_a_merge_takes_within_twice(models, method):
+def test_the_plan_bounds_what_a_merge_takes(models, method):
     folder, kind = models
     words = [sys.executable, "-c", CHILD, str(folder), method, kind]
     found = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
-    assert found["took"] <= found["plan"] <= 2 * found["took"], found
+    assert found["took"] <= found["plan"] <= 3 * found["took"], found

@@ -9,7 +9,7 @@
     hashing   two pieces of a file
     ranks     of a survey that ranks a whole model: samples, and the numbers between two values that bracket the rank
 
-It is a bound, at most the double of what merges of a hundred million parameters take on two cores (the tests hold it to
+It is a bound, at most three times what merges of a hundred million parameters take on two cores (the tests hold it to
 that). `KEPT` allows for what the allocator keeps: a block that one thread freed is seldom another's next one. The code
 that numba loads (30 MiB) counts as the program.
 """
@@ -28,7 +28,7 @@ from luthier.weights.brackets import KEPT as MOST_BETWEEN
 from luthier.weights.brackets import SAMPLE, WIDE
 from luthier.weights.reader import Weights
 
-KEPT = 1.6
+KEPT = 2.0
 FLOAT = 4  # bytes
 
 

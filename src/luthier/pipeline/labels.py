@@ -110,8 +110,9 @@ def load_ensemble(folder: Path, base: Loaded) -> nn.Module:
     """The outcome of `levi` around the base it was trained on."""
     from luthier.tune.levi import load as load_levi
 
-    ensemble: Any = load_levi(folder, base.model, topology=base.topology).model
-    ensemble.config = copy.deepcopy(base.model.config)  # what the base takes is what the ensemble takes
+    ensemble = load_levi(folder, base.model, topology=base.topology).model
+    config: Any = copy.deepcopy(base.model.config)
+    ensemble.config = config  # what the base takes is what the ensemble takes
     name_labels(ensemble, in_number_order(base.facts["labels"]))
     return ensemble
 
