@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import shutil
+
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
@@ -121,12 +125,28 @@ def test_a_name_twice_is_one_model(folders):
     assert terms["tuned"].model is not terms["base"].model
 
 
+def test_an_adapter_by_itself_stands_on_the_base_that_its_config_names(folders, tokenizer, tmp_path):
+    shutil.copytree(folders["adapter"], tmp_path / "release")
+    config = json.loads((tmp_path / "release/adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(folders["base"])
+    (tmp_path / "release/adapter_config.json").write_text(json.dumps(config))
+    texts = []
+    for place in (tmp_path / "release", folders["merged"]):
+        mixture = open_decoder(Single(base=str(place)))
+        texts.append(generate(mixture, mixture.lead.tokenizer, PROMPTS, max_new_tokens=8))
+    assert texts[0] == texts[1]
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = "{{ messages }}"
+    own.save_pretrained(tmp_path / "release")
+    assert open_decoder(Single(base=str(tmp_path / "release"))).lead.tokenizer.chat_template == "{{ messages }}"
+
+
 def test_what_does_not_fit_is_refused(folders, make_model, tmp_path, tokenizer):
     other = make_model("llama", 7)
     other.save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")
     for decoder, words in (
-        (Single(base=folders["adapter"]), "no other model is named for it to stand on"),
+        (Single(base=folders["adapter"]), "neither its config nor a decoder names a model for it to stand on"),
         (Single(base=folders["delta"]), "no other model is named"),
         (Eft(base=str(tmp_path / "other"), tuned=folders["delta"]), "is not that of the base"),
         (Eft(base="nowhere", tuned=folders["tuned"]), "nowhere"),
@@ -136,7 +156,6 @@ def test_what_does_not_fit_is_refused(folders, make_model, tmp_path, tokenizer):
 
 
 def test_other_vocabularies_are_named(make_model, tokenizer):
-    import copy
 
     changed = copy.deepcopy(tokenizer)
     changed.add_tokens(["new"])

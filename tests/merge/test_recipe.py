@@ -166,3 +166,8 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
     """480 MB of weights in three models, thresholds over all of them. About six tiles are under way on two cores, each
     with a dozen tensors of 1 MiB; threads have heaps of their own."""
     assert int(printed(CHILD, tmp_path)) < 200 * 2**20
+
+
+def test_a_model_that_is_named_twice_is_refused():
+    with pytest.raises(InputError, match="a is named twice; give models names, or a model a larger weight"):
+        read_recipe({"method": "linear", "models": ["a", "b", "a"]})

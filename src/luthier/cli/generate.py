@@ -14,7 +14,7 @@ import typer
 from luthier.errors import InputError
 
 EXAMPLES = (
-    'Examples: luthier generate runs/quickstart-1/release --prompt "How are you?" | '
+    'Examples: luthier generate runs/quickstart-1/6-deploy/release --prompt "How are you?" | '
     "luthier generate --decoder eft --set base=BIG tuned=SMALL-CHAT tuned_base=SMALL --format base=plain "
     "--prompts questions.jsonl -o answers.jsonl | cat questions.txt | luthier generate --recipe decoder.yaml"
 )

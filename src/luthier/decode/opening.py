@@ -1,7 +1,8 @@
 """From what settings name to models that run: folders, adapters and deltas, with weights shared wherever they can be.
 
     a module, or a folder of weights     itself; named twice it is loaded once
-    a PEFT adapter                       layers beside those of the term it stands on; they are switched on and off
+    a PEFT adapter                       layers beside those of the term it stands on; they are switched on and off.
+                                         With no such term, on the base that its config names
     a delta                              the places that it changes, written into the weights of the term it stands on
                                          before its turn and taken out after it, bit for bit
 
@@ -29,6 +30,8 @@ from luthier.decode.streams import inner
 from luthier.decode.vocabulary import shared_vocabulary
 from luthier.errors import InputError
 from luthier.models import ModelSettings, load
+from luthier.models.checkpoint import read_json
+from luthier.models.tokens import tokenizer_in
 from luthier.weights import Delta
 from luthier.weights.hashing import tensor_hash
 from luthier.weights.info import dtype_of, some
@@ -80,15 +83,31 @@ def _opened(name: str, term: Term, where: str, found: dict[str, Opened], dtype: 
     if not adapter and not delta:
         loaded = load(ModelSettings(base=where, dtype=dtype))  # type: ignore[arg-type]
         return Opened(loaded.model.to(device), tokenizer=loaded.tokenizer, changed=frozenset())
-    kind = "an adapter" if adapter else "a delta"
     if term.on is None or term.on not in found:
-        raise InputError(f"{name} is {kind}, and no other model is named for it to stand on", where=where)
+        if adapter:
+            return _on_its_own_base(name, path, dtype, device)
+        raise InputError(f"{name} is a delta, and no other model is named for it to stand on", where=where)
     if adapter:
         return _on_adapter(name, where, term.on, found)
     base, given = found[term.on], Delta.open(path)
     active = _nested(base.active, Entries(base.model, given, where).inside)
     changed = None if base.changed is None else base.changed | given.tensors.keys()
     return replace(base, active=active, variant=f"{base.variant}+{where}", changed=changed)
+
+
+def _on_its_own_base(name: str, adapter: Path, dtype: str, device: str) -> Opened:
+    """An adapter on the base that its config names, with the tokenizer beside it, if it has one."""
+    from peft import PeftModel
+
+    base = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+    if not base:
+        what = f"{name} is an adapter, and neither its config nor a decoder names a model for it to stand on"
+        raise InputError(what, where=str(adapter))
+    loaded = load(ModelSettings(base=base, dtype=dtype))  # type: ignore[arg-type]
+    model = PeftModel.from_pretrained(loaded.model, str(adapter)).to(device)
+    own = (adapter / "tokenizer_config.json").is_file()
+    tokenizer = tokenizer_in(adapter, ModelSettings(base=base), name=str(adapter)) if own else loaded.tokenizer
+    return Opened(model.eval(), tokenizer=tokenizer)
 
 
 def _on_adapter(name: str, where: str, on: str, found: dict[str, Opened]) -> Opened:

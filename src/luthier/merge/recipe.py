@@ -35,7 +35,11 @@ def _models(value: Any) -> Any:
     if isinstance(value, Mapping):
         return dict(value)
     if isinstance(value, list | tuple):
-        return {str(place): place for place in value}
+        found = {str(place): place for place in value}
+        twice = next((place for place in found if [str(other) for other in value].count(place) > 1), None)
+        if twice is not None:
+            raise ValueError(f"{twice} is named twice; give models names, or a model a larger weight")
+        return found
     raise ValueError(f"expected a list of models, or names with places, got {type(value).__name__}")
 
 
