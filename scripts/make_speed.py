@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -224,12 +225,12 @@ def worlds() -> list[str]:
     )
     differ = sum(one["other_answers"] for one in record["worlds"].values())
     about = (
-        f"Large and small have {sizes} million parameters; {threads} thread{'s' * (threads > 1)}. At temperature 0 writing\n"
-        f"ahead changed {differ} answers. The small models were trained until they know the texts, for only then they\n"
-        f"agree; the large ones had fewer steps and know less, so there is nothing to gain here but time. Wholly right\n"
-        f"about subjects that no tuning has seen are {right}.\n"
+        f"Large and small have {sizes} million parameters; {threads} thread{'s' * (threads > 1)}. At temperature 0 "
+        f"writing ahead changed {differ} answers. The small models were trained until they know the texts, for only "
+        f"then they agree; the large ones had fewer steps and know less, so there is nothing to gain here but time. "
+        f"Wholly right about subjects that no tuning has seen are {right}."
     )
-    return [WORLDS, "\n".join(rows) + "\n", about]
+    return [WORLDS, "\n".join(rows) + "\n", textwrap.fill(about, 120) + "\n"]
 
 
 def main() -> int:
