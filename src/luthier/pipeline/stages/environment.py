@@ -1,4 +1,4 @@
-"""Stage 3, environment: what the machine is, whether the job fits it, and a dry run of two steps."""
+"""Stage 3, environment: what the machine is, whether the job and its evaluation fit it, and a dry run of two steps."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from luthier.findings import Finding
 from luthier.models import count, estimate
 from luthier.pipeline.recipe import Recipe, dump_recipe
 from luthier.pipeline.stage import Context, Outcome, Stage, write_json, write_text
+from luthier.pipeline.stages.evaluate import check_tasks
 from luthier.pipeline.stages.model import load_base
 from luthier.pipeline.stages.tune import REHEARSED, make_loop, search_grid
 
@@ -50,6 +51,7 @@ class EnvironmentStage(Stage):
         grid = search_grid(context)  # of a search, the candidate with the fewest steps is rehearsed
         phase = min(grid.candidates, key=lambda c: c.span.total).phase if grid else context.recipe.tune[0]
         loaded = load_base(context)
+        context.ranks.first(lambda: check_tasks(context, loaded))
         loop = make_loop(context, loaded, phase, directory=None)
         facts: dict[str, Any] = {"steps": loop.total}
         if loop.total < 20:
