@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from luthier.decode import Eft, TransferQ, generate
+from luthier.decode import Eft, TransferQ, generate, sharing
 from luthier.decode.mixture import Mixture, Opened, Session
 from luthier.decode.opening import open_decoder
 from luthier.models.topology import Topology
@@ -271,3 +271,10 @@ def test_a_term_that_does_not_say_what_it_changed_runs_by_itself(make_model):
     model = make_model("llama")
     opened = {"base": Opened(model, changed=frozenset()), "tuned": Opened(model, variant="+")}
     assert not Mixture(Eft(base=model, tuned=model), opened, 33).shared
+
+
+def test_an_older_transformers_runs_terms_by_themselves(write, monkeypatch):
+    folder = write("llama")
+    assert mixture(folder, "delta").shared
+    monkeypatch.setattr(sharing, "DummyLayer", None)
+    assert not mixture(folder, "delta").shared

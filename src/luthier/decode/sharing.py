@@ -9,7 +9,8 @@ anything else before the blocks leaves nothing to share; a changed head or last 
 Structure cannot say that the model's code lets itself be run in two parts. So that is tried: a few tokens, whole and in
 parts, under every term; only if all numbers are equal to the last bit the terms share. Where they are not, every term
 runs by itself, which gives the same answers for more time. So it is, untried, with models that carry a state along the
-row, that share keys and values between layers, or that have more than one stack of blocks (an encoder).
+row, that share keys and values between layers, or that have more than one stack of blocks (an encoder); and with a
+transformers that has no stand-in for a layer without a cache (before 5.21).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from luthier.decode.streams import Stream, inner, is_stateful, takes
-from luthier.decode.trunk import CACHE, Lower, Trunk
+from luthier.decode.trunk import CACHE, DummyLayer, Lower, Trunk
 from luthier.errors import InputError
 from luthier.models.structure import within
 from luthier.models.topology import Stack, Topology
@@ -65,7 +66,7 @@ def _common(terms: Sequence[Opened]) -> tuple[Lower | None, list[Opened]]:
 
 def _topology(model: Any) -> Topology | None:
     """Of a model with one stack of blocks that each keep keys and values of their own; None of any other."""
-    if is_stateful(model) or model.config.is_encoder_decoder or CACHE not in takes(model):
+    if DummyLayer is None or is_stateful(model) or model.config.is_encoder_decoder or CACHE not in takes(model):
         return None
     try:
         topology = Topology.of(model)

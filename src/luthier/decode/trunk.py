@@ -23,12 +23,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DummyLayer, DynamicCache
+from transformers import cache_utils
+from transformers.cache_utils import DynamicCache
 
 if TYPE_CHECKING:
     from luthier.decode.streams import Stream
 
 CACHE = "past_key_values"
+DummyLayer: Any = getattr(cache_utils, "DummyLayer", None)  # which transformers before 5.21 does not have
 
 
 class Lower:
@@ -168,7 +170,7 @@ def empty_cache(model: Any, goes_back: bool) -> DynamicCache:
     cropped."""
     cache = DynamicCache(config=model.config)
     if goes_back:
-        cache.activate_past_recording()
+        getattr(cache, "activate_past_recording", bool)()
     return cache
 
 
