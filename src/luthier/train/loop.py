@@ -32,7 +32,7 @@ from torch import Tensor
 from luthier.data.batches import Step, at_least, plan_epoch
 from luthier.data.views import Examples, PairedExamples, View, view
 from luthier.errors import CrashError, GateError, InputError
-from luthier.models.allocator import keep_freed_memory
+from luthier.models.allocator import STEP_BLOCK, keep_freed_memory
 from luthier.models.shards import gathered, let_go, whole
 from luthier.objectives.anchor import BaseAnchor
 from luthier.objectives.base import Loss, Objective
@@ -47,6 +47,7 @@ from luthier.train.reference import Reference, cache, without_dropout
 from luthier.train.settings import TrainSettings
 from luthier.train.signals import StopSignals
 from luthier.train.span import Span
+from luthier.train.tied_gradient import one_tied_gradient
 from luthier.tune.base import Tuned, refuse_labels
 
 
@@ -110,7 +111,7 @@ class Loop:
             kwargs_handlers=wrapper_options(tuned),
         )
         if self.accelerator.device.type == "cpu":
-            keep_freed_memory()
+            keep_freed_memory(STEP_BLOCK)
         if trackers:
             self.accelerator.init_trackers("luthier", config=settings.model_dump(mode="json"))
         if settings.gradient_checkpointing:
@@ -139,8 +140,7 @@ class Loop:
         self.checkpoints = Checkpoints(directory / "checkpoints", settings.save_total_limit) if directory else None
         self.done = 0
         self.best: float | None = None
-        self.since_best = 0
-        self.stopped_early = False
+        self.since_best, self.stopped_early = 0, False
         self._signals = StopSignals()
 
     # Driving
@@ -178,7 +178,7 @@ class Loop:
                 self._plan(0, self.validation)
         self.resume()
         self.model.train()
-        with without_dropout(self.model) if self.needs.without_dropout else contextlib.nullcontext():
+        with without_dropout(self.model, self.needs.without_dropout), one_tied_gradient(self.model):
             while self.done < self.total and not self.stopped_early:
                 epoch, first = divmod(self.done, self.steps_per_epoch)
                 for step in self._plan(epoch)[first:]:

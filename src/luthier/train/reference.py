@@ -132,11 +132,15 @@ def cache(pairs: PairedExamples, weights: str, path: Path | None, score: Callabl
 
 
 @contextlib.contextmanager
-def without_dropout(model: nn.Module) -> Iterator[None]:
-    """While open, nothing in `model` drops out: dropout modules, and rates that attention code reads as a number."""
+def without_dropout(model: nn.Module, wanted: bool = True) -> Iterator[None]:
+    """While open, nothing in `model` drops out: dropout modules, and rates that attention code reads as a number.
+
+    Args:
+        wanted: false leaves all as it is.
+    """
     names = {"p": nn.modules.dropout._DropoutNd, "attention_dropout": nn.Module}
     kept: list[tuple[nn.Module, str, Any]] = []
-    for module in model.modules():
+    for module in model.modules() if wanted else ():
         for name, kind in names.items():
             if isinstance(module, kind) and isinstance(getattr(module, name, None), float):
                 kept.append((module, name, getattr(module, name)))
