@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from luthier.methods import build
 from luthier.models.topology import Topology
 from luthier.objectives import Sft
+from luthier.objectives.logprobs import token_logprobs
 from luthier.train import Loop, TrainSettings
 from luthier.train.probing import probe_of
 from luthier.train.tied_gradient import one_tied_gradient
@@ -75,8 +76,12 @@ def tokens_and_loss(model):
     ids=["full", "sgd", "checkpointing", "lisa", "hft", "greentrainer"],
 )
 @pytest.mark.parametrize("pad", [None, 3], ids=["", "padding"])
-def test_the_weights_are_those_that_torchs_own_sums_give(tuning, train, pad, monkeypatch):
-    monkeypatch.setattr("luthier.objectives.logprobs.CHUNK_BYTES", 4 * VOCABULARY * 16)  # the head in pieces
+@pytest.mark.parametrize("pieces", [True, False], ids=["pieces", "late"])
+def test_the_weights_are_those_that_torchs_own_sums_give(tuning, train, pad, pieces, monkeypatch):
+    if pieces:
+        monkeypatch.setattr("luthier.objectives.logprobs.CHUNK_BYTES", 4 * VOCABULARY * 16)  # of the head
+    else:
+        train = train | {"max_tokens_per_device": 24}  # fewer labels than the width
     ours = fitted(llama(pad=pad), tuning, **train)
     monkeypatch.setattr("luthier.train.loop.one_tied_gradient", lambda model: contextlib.nullcontext())
     torchs = fitted(llama(pad=pad), tuning, **train)
@@ -114,18 +119,35 @@ def test_a_pass_that_goes_round_the_head_is_whole_too():
     assert torch.equal(model.get_input_embeddings().weight.grad, twin.get_input_embeddings().weight.grad)
 
 
+def test_a_pass_that_ends_before_the_lookup_is_whole_too():
+    model, twin = llama(), llama()
+
+    def loss(one):
+        seen = one.model(input_ids=torch.tensor([[3, 5, 3]])).last_hidden_state.detach().requires_grad_()
+        return one.lm_head(seen[0]).square().sum()
+
+    with one_tied_gradient(model):
+        for _ in range(2):
+            loss(model).backward()
+    for _ in range(2):
+        loss(twin).backward()
+    assert torch.equal(model.get_input_embeddings().weight.grad, twin.get_input_embeddings().weight.grad)
+
+
 class Made(TorchDispatchMode):
     """Counts the operations that make a tensor of the embedding's size."""
 
     def __init__(self):
         super().__init__()
         self.count = 0
+        self.blocks_after = 0  # operations of attention since the first of them
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         storages = {a.untyped_storage()._cdata for a in args if isinstance(a, torch.Tensor)}
         if isinstance(out, torch.Tensor) and out.numel() == VOCABULARY * WIDTH:
             self.count += out.untyped_storage()._cdata not in storages
+        self.blocks_after += bool(self.count) and "attention" in str(function)
         return out
 
 
@@ -139,6 +161,19 @@ def test_backward_makes_one_matrix_of_the_embeddings_size():
                 loss.backward()
         counts.append(made.count)
     assert counts == [3, 1]
+
+
+def test_a_head_of_few_labels_gets_its_gradient_behind_all_blocks():
+    after = []
+    for context in (contextlib.nullcontext, one_tied_gradient):
+        model = llama()
+        ids = torch.tensor([[3, 5, 3, 7, 5, 3, 0]])
+        with context(model):
+            loss = -token_logprobs(model, {"input_ids": ids, "labels": ids}).logprobs.sum()
+            with Made() as made:
+                loss.backward()
+        after.append(made.blocks_after)
+    assert after == [3, 0]
 
 
 def test_other_embeddings_are_left_alone_and_nothing_stays_behind():
