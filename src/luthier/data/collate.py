@@ -15,14 +15,17 @@ nothing; `packing_is_exact` looks: it runs the model on examples packed and apar
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from luthier.data.encode import IGNORED, Encoded
-from luthier.data.labelled import Labelled
 from luthier.errors import InputError
+
+if TYPE_CHECKING:  # it imports pyarrow, which a training need not hold in memory
+    from luthier.data.labelled import Labelled
 
 Batch = dict[str, Tensor]
 

@@ -15,15 +15,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from luthier.data.encode import IGNORED, Encoded
-from luthier.data.labelled import Labelled
 from luthier.data.roles import CHOSEN, DESIRABLE, GOOD, LABELLED, PLAIN, REJECTED, UNDESIRABLE
 from luthier.errors import InputError
+
+if TYPE_CHECKING:  # it imports pyarrow, which a training need not hold in memory
+    from luthier.data.labelled import Labelled
 
 Kind = Literal["examples", "pairs", "judged", "labelled"]
 
