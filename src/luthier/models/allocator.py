@@ -33,3 +33,14 @@ def keep_freed_memory(block: int = TILE_BLOCK) -> bool:
     except (OSError, AttributeError):
         return False
     return bool(mallopt(_MMAP_THRESHOLD, block) and mallopt(_TRIM_THRESHOLD, _MOST))
+
+
+def give_back_freed_memory() -> bool:
+    """Let go, once, of what is kept and not in use; returns whether anything was. For the moment before something large
+    is made that does not fit into the gaps. Some 20 ms for a gigabyte, and its pages are fetched anew when needed."""
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    try:
+        return bool(ctypes.CDLL(None).malloc_trim(0))
+    except (OSError, AttributeError):
+        return False

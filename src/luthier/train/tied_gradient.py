@@ -29,6 +29,7 @@ from torch.autograd import Variable
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from luthier.models.allocator import give_back_freed_memory
 from luthier.models.shards import is_sharded
 
 
@@ -50,6 +51,8 @@ class _Pass:
     def products(self) -> Tensor | None:
         """(vocabulary, width), the head's gradient from all factors that were kept."""
         whole = None
+        if self.factors and self.weight.device.type == "cpu":
+            give_back_freed_memory()  # the activations', which would else stand beside the product
         while self.factors:
             gradient, fed = self.factors.pop(0)
             part = gradient.t() @ fed
