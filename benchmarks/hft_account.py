@@ -26,20 +26,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from luthier.methods import build
 from luthier.models.topology import Topology
 from luthier.tune import Probe
+from shapes import SMOLLM2_135M
 
 OUT = Path(__file__).parent / "results" / "hft_account.json"
 REPORTED = 0.30  # less time, by the paper
 LABELLED = 0.25  # of the tokens
 SHAPES: dict[str, dict[str, Any]] = {
-    "SmolLM2-135M": {
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "tie_word_embeddings": True,
-    },
+    "SmolLM2-135M": SMOLLM2_135M,
     "Llama-2-7B": {
         "vocab_size": 32000,
         "hidden_size": 4096,

@@ -70,12 +70,7 @@ class DeployStage(Stage):
                 prompt_rows=rows,
                 settings=recipe.data,
             )
-        facts |= {"release": "release", "kind": kind}
-        if recipe.deploy.delta:
-            facts["delta"] = self._delta(directory, loaded, findings)
-        folders = [directory / name for name in ("release", "delta")]
-        files = [p.relative_to(directory).as_posix() for f in folders for p in sorted(f.glob("*.safetensors"))]
-        return Outcome(findings, facts, files)
+        return self._released(context, loaded, directory, facts | {"kind": kind}, findings)
 
     def _labelled(self, context: Context, loaded: Loaded, model: Any, directory: Path) -> Outcome:
         """The same for a classifier, whose probes are rows and whose answers are logits of classes."""
@@ -101,8 +96,14 @@ class DeployStage(Stage):
             facts, findings = prove_label_release(
                 aside, serve=serve, load_base=load_anew, reference=reference, rows=rows
             )
-        facts |= {"release": "release", "kind": kind}
-        if recipe.deploy.delta:
+        return self._released(context, loaded, directory, facts | {"kind": kind}, findings)
+
+    def _released(
+        self, context: Context, loaded: Loaded, directory: Path, facts: dict[str, Any], findings: list[Finding]
+    ) -> Outcome:
+        """The outcome of a release that was proven, with a delta beside it if one is wanted."""
+        facts = facts | {"release": "release"}
+        if context.recipe.deploy.delta:
             facts["delta"] = self._delta(directory, loaded, findings)
         folders = [directory / name for name in ("release", "delta")]
         files = [p.relative_to(directory).as_posix() for f in folders for p in sorted(f.glob("*.safetensors"))]
