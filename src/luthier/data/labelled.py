@@ -15,7 +15,6 @@ size. Examples of pictures are kept as float32, 4 bytes for each number the mode
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -30,7 +29,7 @@ from luthier.data.encode import Row
 from luthier.data.pictures import pixels
 from luthier.data.roles import LABELLED
 from luthier.data.settings import DataSettings
-from luthier.data.store import automatic_max_length
+from luthier.data.store import automatic_max_length, written_aside
 from luthier.errors import InputError, did_you_mean
 from luthier.findings import Finding
 
@@ -224,13 +223,12 @@ def encode_labelled(
         limit = None if reader.pictures else automatic_max_length(found, context, cut=settings.too_long != "error")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    aside = [directory / f".{name}.{os.getpid()}" for name in _FILES]
     number = pa.float32() if reader.pictures else pa.int32()
     schema = pa.schema(
         [("inputs", pa.large_list(number)), ("label", pa.int64()), ("length", pa.int64()), ("row", pa.int64())]
     )
     counts = _Counts(limit, settings)
-    try:
+    with written_aside(directory, _FILES) as aside:
         with pa.OSFile(str(aside[0]), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             at = 0
             for chunk in _chunks(rows):
@@ -246,11 +244,6 @@ def encode_labelled(
                 at += len(chunk)
         stored = {"facts": counts.facts(), "findings": [f.model_dump(mode="json") for f in counts.findings()]}
         aside[1].write_text(json.dumps(stored, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        for path, name in zip(aside, _FILES, strict=True):
-            os.replace(path, directory / name)
-    finally:
-        for path in aside:
-            path.unlink(missing_ok=True)
     return LabelledEncodings(directory)
 
 

@@ -20,7 +20,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -198,8 +199,7 @@ def _write(
         raise InputError(f"max_length must be at least 2 tokens, got {max_length}", where="data.max_length")
     directory.mkdir(parents=True, exist_ok=True)
     counts = _Counts(ends, max_length, earlier)
-    aside = [directory / f".{name}.{os.getpid()}" for name in _FILES]
-    try:
+    with written_aside(directory, _FILES) as aside:
         with pa.OSFile(str(aside[0]), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
             kept: list[tuple[Encoded, int, int, int]] = []
             for index, row, uncut in examples:
@@ -213,12 +213,20 @@ def _write(
                 writer.write_batch(_record_batch(kept))
         stored = {"facts": counts.facts(), "findings": [f.model_dump(mode="json") for f in counts.findings()]}
         aside[1].write_text(json.dumps(stored, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        for path, name in zip(aside, _FILES, strict=True):
+    return Encodings(directory)
+
+
+@contextmanager
+def written_aside(directory: Path, names: Sequence[str]) -> Iterator[list[Path]]:
+    """Places beside the files of these names, which take the names at the end; nothing is left of them on an error."""
+    aside = [directory / f".{name}.{os.getpid()}" for name in names]
+    try:
+        yield aside
+        for path, name in zip(aside, names, strict=True):
             os.replace(path, directory / name)
     finally:
         for path in aside:
             path.unlink(missing_ok=True)
-    return Encodings(directory)
 
 
 class _Counts:
