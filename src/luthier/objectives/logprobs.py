@@ -22,13 +22,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from luthier.errors import InputError
 from luthier.models.modes import evaluating
 from luthier.objectives.anchor import BaseAnchor
 from luthier.objectives.batch import Batch, labelled
+from luthier.objectives.label_logprobs import label_logprobs
 
 CHUNK_BYTES = 128 * 2**20  # float32 logits alive at a time
 
@@ -168,7 +168,7 @@ def _chunked(score: Callable[..., Scores], hidden: Tensor, targets: Tensor, base
 
 def _score(logits: Tensor, targets: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
     """(tokens, vocabulary) float32 logits -> log-probability of the target, entropy, whether it is the maximum."""
-    logprobs = -F.cross_entropy(logits, targets, reduction="none")
+    logprobs = label_logprobs(logits, targets)
     with torch.no_grad():
         correct = logits.gather(1, targets[:, None])[:, 0] >= logits.amax(-1)
         entropies = torch.distributions.Categorical(logits=logits).entropy() if entropy else logprobs.new_empty(0)

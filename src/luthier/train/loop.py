@@ -31,7 +31,7 @@ from torch import Tensor
 from luthier.data.batches import Step, at_least, plan_epoch
 from luthier.data.views import Examples, PairedExamples, View, view
 from luthier.errors import CrashError, GateError, InputError
-from luthier.models.allocator import STEP_BLOCK, keep_freed_memory
+from luthier.models.allocator import STEP_BLOCK, give_back_freed_memory, keep_freed_memory
 from luthier.models.shards import gathered, let_go, whole
 from luthier.objectives.anchor import BaseAnchor
 from luthier.objectives.base import Loss, Objective
@@ -40,6 +40,7 @@ from luthier.train.checkpoints import Checkpoints, flat_optimizer, restore_optim
 from luthier.train.copilot import companion
 from luthier.train.micro_batch import micro_batch
 from luthier.train.optimizers import inner, make_optimizer, make_schedule
+from luthier.train.pointwise import pointwise_made_again
 from luthier.train.ranks import on_cpu, refuse_launch, wrapper_options
 from luthier.train.records import StepRecord, append_record, cut_records
 from luthier.train.reference import Reference, cache, without_dropout
@@ -112,6 +113,7 @@ class Loop:
         refuse_launch(self.accelerator, tuned)
         if self.accelerator.device.type == "cpu":
             keep_freed_memory(STEP_BLOCK)
+            give_back_freed_memory()  # what attaching took
         if trackers:
             self.accelerator.init_trackers("luthier", config=settings.model_dump(mode="json"))
         if settings.gradient_checkpointing:
@@ -230,7 +232,7 @@ class Loop:
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-                with self.companion.watching(batch), self.accelerator.autocast():
+                with self.companion.watching(batch), self.accelerator.autocast(), pointwise_made_again():
                     loss = self._loss(batch, self.anchor)
                 # Gradients are averaged over devices, so each device's sum counts that many times.
                 times = self.accelerator.num_processes

@@ -5,7 +5,8 @@
     chosen.write()                                            the weight has the stepped values
 
 The module computes with the weight itself. Only in the backward pass is its gradient cut down, right where it is
-made, to the chosen places; the dense gradient lives no longer than that. What accumulates over micro-batches, what is
+made, to the chosen places; the dense gradient lives no longer than that, and those of linears are made one after the
+other in the same memory, a `Workspace`. What accumulates over micro-batches, what is
 clipped and averaged, and what the optimiser keeps moments of, is as long as the choice. Nothing else in the weight can
 move, under any weight decay and any momentum, since no optimiser ever sees it.
 
@@ -20,10 +21,31 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from luthier.tune.selector.stand_in import StandIn, release
 
-__all__ = ["Chosen", "release"]
+__all__ = ["Chosen", "Workspace", "release"]
+
+
+class Workspace:
+    """Memory for one dense gradient at a time, as large as the largest that was asked for.
+
+    Without it every backward pass takes and frees a block for each weight, and they leave gaps in the memory of the
+    process into which the next one seldom fits.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def take(self, rows: int, columns: int, like: Tensor) -> Tensor:
+        """(rows, columns) of any values, of the device and dtype of `like`; good until the next call."""
+        key = like.device, like.dtype
+        if key not in self._held or self._held[key].numel() < rows * columns:
+            self._held.pop(key, None)
+            self._held[key] = like.new_empty(rows * columns)
+        return self._held[key][: rows * columns].view(rows, columns)
 
 
 class Chosen(StandIn):
@@ -33,12 +55,14 @@ class Chosen(StandIn):
         weight: the frozen parameter, as in the model; tied weights are one.
         values: (n,) parameter, float32 (float64 for a float64 weight).
         places: (n,) ascending flat places in C order, int32 where the weight is small enough, else int64.
+        workspace: where the dense gradient of a linear is made; shared by those that are stepped together.
     """
 
     suffix = "_chosen"
 
-    def __init__(self, name: str, model: nn.Module, places: Tensor):
+    def __init__(self, name: str, model: nn.Module, places: Tensor, workspace: Workspace | None = None):
         super().__init__(name, model)
+        self.workspace = workspace or Workspace()
         self.places: Tensor
         self._set_places(places)
         self.values = nn.Parameter(self._read())
@@ -77,6 +101,11 @@ class Chosen(StandIn):
     def led(self) -> Tensor:
         return _Cut.apply(self.values, self.weight, self.places)
 
+    def linear(self, fed: Tensor, bias: Tensor | None) -> Tensor | None:
+        if torch.is_autocast_enabled(fed.device.type) or fed.dtype != self.weight.dtype:
+            return None
+        return _Linear.apply(fed, self.values, self.weight, bias, self.places, self.workspace)
+
     def _set_places(self, places: Tensor) -> None:
         self.places = places.to(self.weight.device, self.place_type())
 
@@ -100,3 +129,37 @@ class _Cut(torch.autograd.Function):
         else:
             taken = gradient.reshape(-1).index_select(0, places)
         return taken.to(ctx.dtype), None, None
+
+
+class _Linear(torch.autograd.Function):
+    """fed @ weight.T + bias; backward makes the dense gradient in the workspace and keeps the chosen places of it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        fed: Tensor,
+        values: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        places: Tensor,
+        workspace: Workspace,
+    ) -> Tensor:
+        ctx.save_for_backward(fed, weight)
+        ctx.places, ctx.workspace, ctx.dtype = places, workspace, values.dtype
+        return F.linear(fed, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        fed, weight = ctx.saved_tensors
+        flat = gradient.reshape(-1, gradient.shape[-1])
+        to_fed = to_values = to_bias = None
+        if ctx.needs_input_grad[0]:
+            to_fed = (flat @ weight).view(fed.shape)
+        if ctx.needs_input_grad[1]:
+            dense = ctx.workspace.take(*weight.shape, like=gradient)
+            torch.mm(flat.t(), fed.reshape(-1, fed.shape[-1]), out=dense)
+            to_values = dense.view(-1).index_select(0, ctx.places).to(ctx.dtype)
+        if ctx.needs_input_grad[3]:
+            to_bias = flat.sum(0)
+        return to_fed, to_values, None, to_bias, None, None

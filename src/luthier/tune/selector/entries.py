@@ -28,7 +28,7 @@ from luthier.models.shards import is_sharded, like
 from luthier.models.topology import Topology
 from luthier.tune.base import Probe, Tuned, Tuning
 from luthier.tune.selector.choose import Top
-from luthier.tune.selector.compact import Chosen
+from luthier.tune.selector.compact import Chosen, Workspace
 from luthier.tune.selector.slots import Shape, Slots, View
 from luthier.tune.selector.stand_in import release
 from luthier.tune.whole import WholeModel, forget, refuse_quantised, refuse_wrapped
@@ -117,7 +117,8 @@ class EntriesTuned(WholeModel):
         for parameter in self.whole.values():
             parameter.requires_grad_(True)
         self.whole_base = {name: p.detach().to("cpu", copy=True) for name, p in self.whole.items()}
-        self.chosen = {name: Chosen(name, model, found[name]) for name in names}
+        workspace = Workspace()
+        self.chosen = {name: Chosen(name, model, found[name], workspace) for name in names}
         # Of each weight the places that were ever chosen, and what the base has there (on the CPU).
         self.touched = {
             name: (one.places.cpu(), one.values.detach().to("cpu", copy=True)) for name, one in self.chosen.items()

@@ -88,14 +88,22 @@ class StandIn:
         """The weight as it is, with a backward pass that leads to the trained tensor."""
         raise NotImplementedError
 
+    def linear(self, fed: Tensor, bias: Tensor | None) -> Tensor | None:
+        """fed @ weight.T + bias with a backward pass that leads to the trained tensor, where that is made with less
+        than `led` takes; None where it is not."""
+        return None
+
+    def leads(self) -> bool:
+        """Whether a forward pass made now is to lead to the trained tensor. If the weight itself has a gradient,
+        someone looks at all of it: a score."""
+        return not self.weight.requires_grad and self.trained.requires_grad and torch.is_grad_enabled()
+
     def through(self) -> Tensor:
         """What the module computes with."""
         self.write()
-        if self.weight.requires_grad:  # someone looks at the whole gradient: a score
-            return self.weight
-        if not (self.trained.requires_grad and torch.is_grad_enabled()):
-            return self.weight.detach()
-        return self.led()
+        if self.leads():
+            return self.led()
+        return self.weight if self.weight.requires_grad else self.weight.detach()
 
     def detach(self) -> None:
         """Leave the module as it was, with what was trained in the weight."""
@@ -126,13 +134,19 @@ class _Holds:
     """Mixed into the class of a module that uses a weight with a stand-in."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        held: dict[str, StandIn] = self.__dict__["_stands_in"]
         put: list[tuple[dict[str, Any], str]] = []
         try:
-            for path, one in self.__dict__["_stands_in"].items():
+            for path, one in held.items():
                 owner, _, attribute = path.rpartition(".")
                 within = self.get_submodule(owner).__dict__ if owner else self.__dict__  # type: ignore[attr-defined]
                 within[attribute] = one.through()
                 put.append((within, attribute))
+            if type(self).__mro__[2] is nn.Linear and "weight" in held and held["weight"].leads():
+                (fed,) = (*args, *kwargs.values())
+                made = held["weight"].linear(fed, self.bias)  # type: ignore[attr-defined]
+                if made is not None:
+                    return made
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         finally:
             for within, attribute in put:

@@ -1,0 +1,157 @@
+"""Made again or kept: the same gradients to the last bit, and what is made again is not held in between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from luthier.train.pointwise import pointwise_made_again
+
+SMALL = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=1)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SMALL, num_key_value_heads=1, head_dim=8)),
+    "gpt-neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2)),
+    "bert": lambda: BertForMaskedLM(BertConfig(**SMALL)),
+    "t5-gated": lambda: T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=50,
+            d_model=16,
+            d_kv=8,
+            d_ff=24,
+            num_layers=2,
+            num_heads=2,
+            feed_forward_proj="gated-gelu",
+            decoder_start_token_id=0,
+        )
+    ),
+}
+
+
+def gradients(model: nn.Module, loss: Callable[[], Tensor], again: bool) -> list[Tensor | None]:
+    torch.manual_seed(1)  # of dropout
+    model.zero_grad()
+    if again:
+        with pointwise_made_again():
+            value = loss()
+    else:
+        value = loss()
+    value.backward()
+    return [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+
+
+def same(one: list[Tensor | None], other: list[Tensor | None]) -> bool:
+    return all((a is None and b is None) or torch.equal(a, b) for a, b in zip(one, other, strict=True))  # type: ignore[arg-type]
+
+
+def loss_of(model: nn.Module) -> Callable[[], Tensor]:
+    ids = torch.randint(0, 50, (2, 7), generator=torch.Generator().manual_seed(0))
+    return lambda: model(input_ids=ids, labels=ids).loss
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("frozen", [False, True], ids=["all-move", "norms-frozen"])
+def test_gradients_are_the_same_bits(name: str, frozen: bool) -> None:
+    torch.manual_seed(0)
+    model = MODELS[name]().train()
+    if frozen:
+        for key, parameter in model.named_parameters():
+            parameter.requires_grad_("norm" not in key and "ln_" not in key)
+    assert same(gradients(model, loss_of(model), False), gradients(model, loss_of(model), True))
+
+
+def test_under_autocast_and_under_checkpointing() -> None:
+    torch.manual_seed(0)
+    model = MODELS["llama"]().train()
+    plain = loss_of(model)
+
+    def short() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return plain()
+
+    assert same(gradients(model, short, False), gradients(model, short, True))
+    without = gradients(model, plain, False)
+    model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    assert same(without, gradients(model, plain, True))
+
+
+class Gated(nn.Module):
+    """A gated layer that can tell which of the tensors made on the way are still in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = (nn.Linear(4, 4, bias=False) for _ in range(3))
+        self.made: list[StorageWeakRef] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate(x), self.up(x)
+        active = F.silu(gate)
+        product = active * up
+        self.made = [StorageWeakRef(tensor.untyped_storage()) for tensor in (gate, up, active, product)]
+        return self.down(product)
+
+    def held(self) -> list[bool]:
+        """gate, up, silu(gate), their product"""
+        return [not one.expired() for one in self.made]
+
+
+def test_what_is_made_again_is_not_held() -> None:
+    layer, x = Gated(), torch.randn(3, 4)
+    output = layer(x)
+    assert layer.held() == [True, True, True, True]
+    with pointwise_made_again():
+        output = layer(x)
+    assert layer.held() == [True, True, False, False]
+    output.sum().backward()
+    assert layer.held() == [False] * 4
+
+
+def test_a_graph_may_be_run_twice() -> None:
+    layer = Gated()
+    with pointwise_made_again():
+        value = layer(torch.randn(3, 4)).square().sum()
+    once = torch.autograd.grad(value, list(layer.parameters()), retain_graph=True)
+    twice = torch.autograd.grad(value, list(layer.parameters()))
+    assert same(list(once), list(twice))
+
+
+def test_other_layouts_scalars_and_work_in_place_are_as_ever() -> None:
+    weight = nn.Parameter(torch.randn(5, 3))
+    model = nn.ParameterList([weight])
+
+    def loss() -> Tensor:
+        turned = (weight.T * 2.0) * weight.detach().T  # not in C order
+        first = F.silu(weight * 0.5) * weight
+        first.mul_(3.0)
+        first.view(-1)[2:4] += 1.0
+        return (first @ turned).tanh().sum() + (F.gelu(weight, approximate="tanh") @ turned).square().sum()
+
+    assert same(gradients(model, loss, False), gradients(model, loss, True))
+
+
+def test_checkpoint_within() -> None:
+    layer = Gated()
+    x = torch.randn(3, 4)
+    plain = gradients(layer, lambda: layer(x).sum(), False)
+    assert same(plain, gradients(layer, lambda: checkpoint(layer, x, use_reentrant=False).sum(), True))
