@@ -9,35 +9,16 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import luthier as lt
 from luthier.errors import InputError
 from luthier.merge.antidote import Antidote, antidote_mask, remove, targets_of
 from luthier.merge.wanda import wanda_scores
 from luthier.weights import Selection
+from untied_llama import bits, llama
 
 QKV = ("q_proj", "k_proj", "v_proj")
-
-
-def bits(tensor):
-    return tensor.dtype, tuple(tensor.shape), tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-
-
-def llama(seed=0):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=40,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM(config).eval()
 
 
 def tuned_llama(seed=1):

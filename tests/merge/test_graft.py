@@ -9,19 +9,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import luthier as lt
 from luthier.errors import InputError
 from luthier.merge.graft import Graft, largest, locate, mean_gradients, rounded, score_gradient, soft
 from luthier.merge.grafting import Pair, graft, region_gains
 from luthier.weights import Delta, Selection, Weights
+from untied_llama import bits, llama
 
 C = 10.0
-
-
-def bits(tensor):
-    return tensor.dtype, tuple(tensor.shape), tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def network(seed, width=12):
@@ -46,22 +42,6 @@ def batches(count=3, seed=1):
 
 def loss(model, batch):
     return F.cross_entropy(model(batch[0]), batch[1])
-
-
-def llama(seed=0):
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=40,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM(config).eval()
 
 
 def peft_llama(seed=0):

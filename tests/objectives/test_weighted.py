@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from luthier.data.roles import CHOSEN, REJECTED
+from encoded_pairs import EncodedPairs
 from luthier.data.views import view
 from luthier.errors import InputError
 from luthier.objectives import Objective, Sft, objective_of
@@ -32,26 +32,13 @@ MIXES = [
 ]
 
 
-class Pairs:
-    """Encoded pairs whose prompts and answers differ in length."""
+class Pairs(EncodedPairs):
+    """Pairs whose prompts and answers differ in length."""
 
     def __init__(self, count=4, seed=0):
         draw = np.random.default_rng(seed)
-        self.rows = []
-        for n in range(count):
-            prompt = draw.integers(3, 32, 2 + n).tolist()
-            for length in (3 + n % 3, 6 - n % 4):
-                answer = draw.integers(3, 32, length).tolist()
-                self.rows.append({"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer})
-        self.lengths = np.array([len(row["input_ids"]) for row in self.rows])
-        self.row = np.arange(2 * count) // 2
-        self.role = np.array([CHOSEN, REJECTED] * count)
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        return self.rows[index]
+        lengths = [(2 + n, 3 + n % 3, 6 - n % 4) for n in range(count)]
+        super().__init__([draw.integers(3, 32, length).tolist() for length in of] for of in lengths)
 
 
 def model(seed=0):

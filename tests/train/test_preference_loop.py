@@ -5,7 +5,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from luthier.data.roles import CHOSEN, DESIRABLE, PLAIN, REJECTED, UNDESIRABLE
+from encoded_pairs import EncodedPairs
+from luthier.data.roles import CHOSEN, DESIRABLE, PLAIN, UNDESIRABLE
 from luthier.data.views import PairedExamples
 from luthier.errors import InputError
 from luthier.methods import build
@@ -17,8 +18,8 @@ from luthier.tune import Probe
 ALL = ["dpo", "robust", "hinge", "ipo", "kto", "cpo", "simpo", "orpo"]
 
 
-class Preferences:
-    """Encoded pairs, of which the one at `same` has two equal answers."""
+class Preferences(EncodedPairs):
+    """Pairs of which the one at `same` has two equal answers."""
 
     def __init__(self, count, seed=0, same=None):
         draw = np.random.default_rng(seed)
@@ -26,20 +27,8 @@ class Preferences:
         def ids(low, high):
             return draw.integers(1, 60, int(draw.integers(low, high))).tolist()
 
-        self.rows = []
-        for n in range(count):
-            prompt, win, lose = ids(2, 6), ids(2, 9), ids(2, 9)
-            lose = win if n == same else lose
-            self.rows += [{"input_ids": prompt + a, "labels": [-100] * len(prompt) + a} for a in (win, lose)]
-        self.lengths = np.array([len(r["input_ids"]) for r in self.rows])
-        self.row = np.arange(2 * count) // 2
-        self.role = np.array([CHOSEN, REJECTED] * count)
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        return self.rows[index]
+        drawn = [(ids(2, 6), ids(2, 9), ids(2, 9)) for _ in range(count)]
+        super().__init__((prompt, win, win if n == same else lose) for n, (prompt, win, lose) in enumerate(drawn))
 
 
 def model(dropout=0.0):
