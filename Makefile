@@ -32,6 +32,8 @@ bench: $(VENV)/.ready
 	$(RUN) $(BIN)/python benchmarks/speed.py
 	$(RUN) $(BIN)/python benchmarks/merge_speed.py
 	$(RUN) $(BIN)/python benchmarks/merge_memory.py
+	$(RUN) $(BIN)/python benchmarks/tuning_memory.py --all
+	$(RUN) $(BIN)/python benchmarks/decode_cost.py
 
 docs: $(VENV)/.ready
 	$(BIN)/mkdocs build --strict

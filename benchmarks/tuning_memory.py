@@ -5,7 +5,9 @@
     python benchmarks/tuning_memory.py --all                also with 1,024 tokens, and with gradient checkpointing
 
 The shape is SmolLM2-135M's, the weights are random, float32; a step is one row of 256 tokens of which the last quarter
-is labelled. Each training is a process of its own, the tunings take turns, and medians over the repeats are compared.
+is labelled. Each training is a process of its own, the tunings take turns, and medians over the repeats are compared:
+with those of full tuning here, and with those of `bare`, which is full tuning by a loop of a dozen lines of torch (the
+model's own loss, AdamW as it comes, clipped gradients) without anything that this project does to save memory.
 Peak memory is what the process ever held, imports and model included. The median step leaves out the first one and
 steps that choose anew (LIFT chooses once here; LISA draws 2 of 30 blocks every 5 steps, so its peak holds four draws).
 Writes benchmarks/results/tuning_memory.json.
@@ -19,6 +21,8 @@ import os
 import resource
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,6 +40,7 @@ TUNINGS: dict[str, dict[str, Any]] = {
     "sara": {"method": "sara", "density": 0.1, "lambda_rank": 0.0, "progressive_at": None},
     "lora": {"method": "lora", "rank": 16},
 }
+BARE = "bare"
 # name -> what it is to reach against full tuning: share of peak memory, of step time, of the optimiser's memory
 TARGETS = {
     "lift": {"peak": 0.5, "time": 1.0, "optimizer": 0.1},
@@ -45,6 +50,9 @@ TARGETS = {
 }
 # name -> tokens of a row, gradient checkpointing
 SIZES = {"256": (256, False), "1024": (1024, False), "256-checkpointing": (256, True)}
+
+
+Trained = tuple[list[float], float, Any, dict[str, float]]  # seconds of each step, last loss, optimiser, more figures
 
 
 class Rows:
@@ -70,40 +78,63 @@ def measure(name: str, size: str) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    tokens, checkpointing = SIZES[size]
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SMOLLM2_135M))
+    start = peak()
+    train = bare if name == BARE else partial(tune, name)
+    seconds, loss, optimizer, more = train(model, Rows(tokens), checkpointing)
+    tensors = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    found = {
+        "start_bytes": start,
+        "peak_bytes": peak(),
+        "seconds_per_step": median(seconds[1:]),
+        "optimizer_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        "loss": loss,
+    }
+    print(json.dumps(found | more))
+
+
+def tune(name: str, model: Any, rows: Rows, checkpointing: bool) -> Trained:
+    """By this project's loop."""
     from luthier.methods import build
     from luthier.models.topology import Topology
     from luthier.objectives import Sft
     from luthier.train import Loop, TrainSettings
     from luthier.train.probing import probe_of
 
-    tokens, checkpointing = SIZES[size]
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SMOLLM2_135M))
-    start = peak()
     settings = TrainSettings(effective_batch_size=1, num_train_epochs=1, gradient_checkpointing=checkpointing)
-    rows = Rows(tokens)
     tuning: Any = build("tune", TUNINGS[name])
     tuned = tuning.attach(model, probe_of(Topology.of(model), Sft(), settings, rows))  # type: ignore[arg-type]
     loop = Loop(tuned, Sft(), settings, rows, device="cpu")  # type: ignore[arg-type]
     records = loop.run()
-    held = sum(
-        value.numel() * value.element_size()
-        for state in loop.optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, torch.Tensor)
-    )
-    found = {
-        "start_bytes": start,
-        "peak_bytes": peak(),
-        "seconds_per_step": median(record.seconds for record in records[1:]),
-        "optimizer_bytes": held,
-        "loss": records[-1].loss,
-    }
+    more = {}
     if name == "greentrainer":  # of the backward pass's operations, by the ledger's count
         last = tuned.ledger.entries[-1]
         forward = last.forward / last.full
-        found["backward"] = (last.share - forward) / (1 - forward)
-    print(json.dumps(found))
+        more["backward"] = (last.share - forward) / (1 - forward)
+    return [record.seconds for record in records], records[-1].loss, loop.optimizer, more
+
+
+def bare(model: Any, rows: Rows, checkpointing: bool) -> Trained:
+    """Full tuning by torch and transformers alone, as most would write it."""
+    import torch
+
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, weight_decay=0.0)
+    model.train()
+    seconds, value = [], 0.0
+    for index in range(len(rows)):
+        began = time.perf_counter()
+        loss = model(**{key: torch.tensor([ids]) for key, ids in rows[index].items()}).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        value = float(loss.detach())
+        seconds.append(time.perf_counter() - began)
+    return seconds, value, optimizer, {}
 
 
 def peak() -> int:
@@ -112,7 +143,7 @@ def peak() -> int:
 
 
 def compare(names: list[str], size: str, repeats: int) -> dict[str, Any]:
-    """Every tuning in turn, `repeats` times; medians and their ratios to those of full tuning."""
+    """Every tuning in turn, `repeats` times; medians and their ratios to those of full tuning, here and bare."""
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for repeat in range(repeats):
         for name in names:
@@ -127,9 +158,10 @@ def compare(names: list[str], size: str, repeats: int) -> dict[str, Any]:
             )
     keys = ("peak_bytes", "seconds_per_step", "optimizer_bytes")
     rows = {name: {key: median(run[key] for run in of) for key in keys} for name, of in runs.items()}
-    full = rows["full"]
+    full, by_torch = rows["full"], rows[BARE]
     for name, row in rows.items():
         row |= {f"{key}_ratio": row[key] / full[key] for key in keys}
+        row |= {f"{key}_ratio_to_bare": row[key] / by_torch[key] for key in keys}
         row["targets"] = TARGETS.get(name, {}) if size == "256" else {}
         if "backward" in runs[name][0]:
             row["backward_ratio"] = median(run["backward"] for run in runs[name])
@@ -141,8 +173,9 @@ def show(size: str, rows: dict[str, Any]) -> None:
     for name, row in rows.items():
         targets = ", ".join(f"{key} at most {value}" for key, value in row["targets"].items())
         print(
-            f"{size:<18} {name:<13} {row['peak_bytes'] / 2**30:.2f} GiB ({row['peak_bytes_ratio']:.2f}x), "
-            f"{row['seconds_per_step']:.2f} s a step ({row['seconds_per_step_ratio']:.2f}x), "
+            f"{size:<18} {name:<13} {row['peak_bytes'] / 2**30:.2f} GiB ({row['peak_bytes_ratio']:.2f}x full, "
+            f"{row['peak_bytes_ratio_to_bare']:.2f}x bare), {row['seconds_per_step']:.2f} s a step "
+            f"({row['seconds_per_step_ratio']:.2f}x full, {row['seconds_per_step_ratio_to_bare']:.2f}x bare), "
             f"optimiser {row['optimizer_bytes_ratio']:.3f}x"
             + (f", backward {row['backward_ratio']:.2f}x" if "backward_ratio" in row else "")
             + (f"   wanted: {targets}" if targets else "")
@@ -162,7 +195,7 @@ def main() -> None:
     unknown = set(arguments.tunings) - set(TUNINGS)
     if unknown:
         parser.error(f"unknown tuning {', '.join(sorted(unknown))}; known are {', '.join(TUNINGS)}")
-    names = list(dict.fromkeys(["full", *(arguments.tunings or TUNINGS)]))
+    names = list(dict.fromkeys([BARE, "full", *(arguments.tunings or TUNINGS)]))
     found = {}
     for size in SIZES if arguments.all else ("256",):
         found[size] = compare(names, size, arguments.repeats if size == "256" else 1)
