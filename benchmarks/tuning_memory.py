@@ -8,6 +8,7 @@ The shape is SmolLM2-135M's, the weights are random, float32; a step is one row 
 is labelled. Each training is a process of its own, the tunings take turns, and medians over the repeats are compared:
 with those of full tuning here, and with those of `bare`, which is full tuning by a loop of a dozen lines of torch (the
 model's own loss, AdamW as it comes, clipped gradients) without anything that this project does to save memory.
+All but `bare` have `recompute_pointwise: true`.
 Peak memory is what the process ever held, imports and model included. The median step leaves out the first one and
 steps that choose anew (LIFT chooses once here; LISA draws 2 of 30 blocks every 5 steps, so its peak holds four draws).
 Writes benchmarks/results/tuning_memory.json.
@@ -103,7 +104,12 @@ def tune(name: str, model: Any, rows: Rows, checkpointing: bool) -> Trained:
     from luthier.train import Loop, TrainSettings
     from luthier.train.probing import probe_of
 
-    settings = TrainSettings(effective_batch_size=1, num_train_epochs=1, gradient_checkpointing=checkpointing)
+    settings = TrainSettings(
+        effective_batch_size=1,
+        num_train_epochs=1,
+        gradient_checkpointing=checkpointing,
+        recompute_pointwise=True,
+    )
     tuning: Any = build("tune", TUNINGS[name])
     tuned = tuning.attach(model, probe_of(Topology.of(model), Sft(), settings, rows))  # type: ignore[arg-type]
     loop = Loop(tuned, Sft(), settings, rows, device="cpu")  # type: ignore[arg-type]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -25,7 +27,12 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from luthier.methods import build
+from luthier.models.topology import Topology
+from luthier.objectives import Sft
+from luthier.train import Loop, TrainSettings
 from luthier.train.pointwise import pointwise_made_again
+from luthier.train.probing import probe_of
 
 SMALL = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -155,3 +162,53 @@ def test_checkpoint_within() -> None:
     x = torch.randn(3, 4)
     plain = gradients(layer, lambda: layer(x).sum(), False)
     assert same(plain, gradients(layer, lambda: checkpoint(layer, x, use_reentrant=False).sum(), True))
+
+
+class Rows:
+    lengths = np.full(8, 9)
+    tokens = lengths
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        ids = np.random.default_rng(index).integers(0, 50, 9).tolist()
+        return {"input_ids": ids, "labels": [-100] * 3 + ids[3:]}
+
+
+@pytest.mark.parametrize(
+    "tuning", [{"method": "full"}, {"method": "lift", "density": 0.2}, {"method": "lora", "rank": 2}]
+)
+def test_the_setting_of_the_loop(tuning: dict[str, Any]) -> None:
+    """Asked for, the activation is gone when the backward pass begins; the weights are the same bits."""
+    weights, gone = [], {}
+    for again in (False, True):
+        torch.manual_seed(0)
+        model: Any = MODELS["llama"]()
+        settings = TrainSettings(effective_batch_size=4, learning_rate=1e-2, recompute_pointwise=again)
+        rows: Any = Rows()
+        probe = probe_of(Topology.of(model), Sft(), settings, rows)
+        tuned: Any = build("tune", tuning)
+        tuned = tuned.attach(model, probe)
+        made: list[StorageWeakRef] = []
+        found: list[bool] = []
+
+        def see(module: nn.Module, args: Any, output: Tensor, made: list[StorageWeakRef] = made) -> None:
+            made.append(StorageWeakRef(output.untyped_storage()))
+
+        def look(gradient: Tensor, made: list[StorageWeakRef] = made, found: list[bool] = found) -> None:
+            found.append(made[-1].expired())
+
+        def watch(module: nn.Module, args: Any, output: Tensor, look: Callable[[Tensor], None] = look) -> None:
+            if output.requires_grad:
+                output.register_hook(look)
+
+        layers = tuned.base_model.get_decoder().layers
+        layers[0].mlp.act_fn.register_forward_hook(see)
+        layers[1].register_forward_hook(watch)
+        Loop(tuned, Sft(), settings, rows, device="cpu").run()
+        assert found
+        gone[again] = set(found)
+        weights.append({name: value.clone() for name, value in model.state_dict().items()})
+    assert gone == {False: {False}, True: {True}}
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())

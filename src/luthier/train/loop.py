@@ -232,7 +232,8 @@ class Loop:
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-                with self.companion.watching(batch), self.accelerator.autocast(), pointwise_made_again():
+                again = pointwise_made_again(self.settings.recompute_pointwise)
+                with self.companion.watching(batch), self.accelerator.autocast(), again:
                     loss = self._loss(batch, self.anchor)
                 # Gradients are averaged over devices, so each device's sum counts that many times.
                 times = self.accelerator.num_processes

@@ -11,6 +11,9 @@ from what the operation that made it has kept. The result is the same to the las
 on the same numbers, and no matrix product, attention or reduction is ever repeated: that is gradient checkpointing,
 which saves more, takes a third more time, and works beside this.
 
+When not to use it (`recompute_pointwise` of the loop's settings, off unless asked for): where memory suffices. It takes
+a few percent more time, and up to a fifth more where tensors are so small that looking at them costs more than they do.
+
 Known are `silu`, `gelu` and products of such. Anything else is kept as ever: models compiled as a whole, blocks under
 gradient checkpointing, tensors laid out in another order than C.
 """
@@ -40,8 +43,15 @@ class _Again:
 
 
 @contextmanager
-def pointwise_made_again() -> Iterator[None]:
-    """While open, operations that run keep less for their backward passes. The passes may run when it is closed."""
+def pointwise_made_again(wanted: bool = True) -> Iterator[None]:
+    """While open, operations that run keep less for their backward passes. The passes may run when it is closed.
+
+    Args:
+        wanted: false leaves all as it is.
+    """
+    if not wanted:
+        yield
+        return
     last: list[Any] = [None, None]  # several operations read the same result one after the other
 
     def pack(tensor: Tensor) -> Tensor | _Again:

@@ -60,6 +60,8 @@ class TrainSettings(BaseModel):
         load_best_model_at_end: hand over the weights with the lowest validation loss, not the last ones.
         early_stopping_patience: stop after so many validation losses in a row without a new lowest one.
         mixed_precision: arithmetic of the forward pass; weights stay in their own type.
+        recompute_pointwise: make activations, gated products and norms again in the backward pass instead of keeping
+            them (`luthier.train.pointwise`): less memory, a few percent more time, the same bits.
         copilot: train a Copilot beside the model; the model itself is trained as without, to the last bit.
     """
 
@@ -83,6 +85,7 @@ class TrainSettings(BaseModel):
     max_grad_norm: float = Field(default=1.0, gt=0)
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_checkpointing: bool = False
+    recompute_pointwise: bool = False
     logging_steps: int = Field(default=1, ge=1)
     eval_steps: int | None = Field(default=None, ge=1)
     save_strategy: Literal["steps", "epoch"] = "steps"
