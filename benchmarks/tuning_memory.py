@@ -8,7 +8,7 @@ The shape is SmolLM2-135M's, the weights are random, float32; a step is one row 
 is labelled. Each training is a process of its own, the tunings take turns, and medians over the repeats are compared:
 with those of full tuning here, and with those of `bare`, which is full tuning by a loop of a dozen lines of torch (the
 model's own loss, AdamW as it comes, clipped gradients) without anything that this project does to save memory.
-All but `bare` have `recompute_pointwise: true`.
+All but `bare` have `recompute_pointwise: true` and `give_back_freed_memory: true`.
 Peak memory is what the process ever held, imports and model included. The median step leaves out the first one and
 steps that choose anew (LIFT chooses once here; LISA draws 2 of 30 blocks every 5 steps, so its peak holds four draws).
 GreenTrainer is left out under checkpointing, where the forward passes alone take more than its half of the operations.
@@ -110,6 +110,7 @@ def tune(name: str, model: Any, rows: Rows, checkpointing: bool) -> Trained:
         num_train_epochs=1,
         gradient_checkpointing=checkpointing,
         recompute_pointwise=True,
+        give_back_freed_memory=True,
     )
     tuning: Any = build("tune", TUNINGS[name])
     tuned = tuning.attach(model, probe_of(Topology.of(model), Sft(), settings, rows))  # type: ignore[arg-type]

@@ -157,6 +157,21 @@ def test_other_layouts_scalars_and_work_in_place_are_as_ever() -> None:
     assert same(gradients(model, loss, False), gradients(model, loss, True))
 
 
+def test_what_passes_is_told() -> None:
+    """The bytes of each tensor that is saved, again when it is asked for; with and without making anything again."""
+    layer, x = Gated(), torch.randn(3, 4)
+    told: list[int] = []
+    for again in (False, True):
+        told.clear()
+        with pointwise_made_again(again, told.append):
+            output = layer(x)
+        assert layer.held()[2:] == [not again] * 2
+        saved = len(told)
+        assert saved and set(told) <= {x.nbytes, layer.down.weight.nbytes}
+        output.sum().backward()
+        assert len(told) == 2 * saved
+
+
 def test_checkpoint_within() -> None:
     layer = Gated()
     x = torch.randn(3, 4)

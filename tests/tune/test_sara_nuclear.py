@@ -48,7 +48,7 @@ def test_one_matrix_a_step_from_the_seeds_and_only_eligible_ones():
     tuned = attach({**RANKED, "rank_min_dim": 31, "exclude": ["mlp"]})
     assert tuned.eligible() and all(tuned.chosen[name].weight.ndim == 2 for name in tuned.eligible())
     tuned = attach({**RANKED, "density": 0.05})  # 51 of 1024 entries
-    assert all(len(tuned.chosen[name].places) > 100 for name in tuned.eligible())
+    assert all(len(tuned.chosen[name].held) > 100 for name in tuned.eligible())
     gradients = {name: torch.zeros_like(v) for name, v in tuned.moving().items()}
     tuned = attach()
     for name, values in tuned.moving().items():

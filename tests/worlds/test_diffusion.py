@@ -95,5 +95,5 @@ def test_the_optimiser_holds_two_numbers_for_each_entry_that_moves():
     assert all(p.grad is None or p.grad.ndim == 1 for p in tuned.model.parameters())
     optimizer.step()
     held = sum(v.numel() for state in optimizer.state.values() for v in state.values() if v.ndim)
-    moving = sum(len(one.places) for one in tuned.chosen.values())
+    moving = sum(len(one.held) for one in tuned.chosen.values())
     assert held == 2 * moving == 2 * tuned.selection().count

@@ -21,23 +21,26 @@ from torch.autograd.function import once_differentiable
 _CPU_BYTES, _DEVICE_BYTES = 2**20, 2**24
 
 
-def label_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
+def label_logprobs(logits: Tensor, labels: Tensor, spend: bool = False) -> Tensor:
     """Log-probability of each row's label.
 
     Args:
         logits: (rows, vocabulary) float.
         labels: (rows,) int64.
+        spend: the backward pass makes the gradient in the logits' place, so nobody may need them by then; a second
+            backward pass is an error of torch's.
 
     Returns:
         (rows,) natural log, of the logits' dtype, with gradient.
     """
-    return _LabelLogprobs.apply(logits, labels)
+    return _LabelLogprobs.apply(logits, labels, spend)
 
 
 class _LabelLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, spend: bool) -> Tensor:
         ctx.save_for_backward(logits, labels)
+        ctx.spend = spend
         found = logits.new_empty(len(logits))
         for rows in _parts(logits):
             torch.gather(logits[rows].log_softmax(-1), 1, labels[rows, None], out=found[rows, None])
@@ -45,14 +48,14 @@ class _LabelLogprobs(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         logits, labels = ctx.saved_tensors
-        whole = torch.empty_like(logits)
+        whole = logits if ctx.spend else torch.empty_like(logits)
         for rows in _parts(logits):
             logprobs = logits[rows].log_softmax(-1)
             of_labels = torch.zeros_like(logprobs).scatter_(1, labels[rows, None], gradient[rows, None])
             whole[rows] = torch.ops.aten._log_softmax_backward_data(of_labels, logprobs, -1, logits.dtype)
-        return whole, None
+        return whole, None, None
 
 
 def _parts(logits: Tensor) -> Iterator[slice]:

@@ -4,7 +4,8 @@ The head of a language model (hidden size x vocabulary) is often the dearest mat
 are thrown away: prompt tokens carry no label. So the model is run once with its head fed nothing, what the head would
 have been fed is caught on the way, and the head is computed only where a label exists, in chunks whose logits are
 recomputed in the backward pass. Memory for logits is then (tokens per chunk x vocabulary) and not (rows x length x
-vocabulary). Value and gradient equal the plain computation.
+vocabulary). Value and gradient equal the plain computation. Of a head that does not move, no logits are recomputed
+either: see `frozen_head`.
 
 Works for any causal model of transformers whose logits are an elementwise function of its output embedding: some
 scale them (Cohere, Granite), some cap them (Gemma 2). Which function, is found once by holding candidates built from
@@ -26,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from luthier.errors import InputError
 from luthier.models.modes import evaluating
+from luthier.objectives import frozen_head
 from luthier.objectives.anchor import BaseAnchor
 from luthier.objectives.batch import Batch, labelled
 from luthier.objectives.label_logprobs import label_logprobs
@@ -84,7 +86,7 @@ def token_logprobs(
         anchor: also return each token's loss against the base, for which the base runs once more without gradient.
 
     A batch without any label gives empty tensors. Raises `InputError` if the model has no output embedding, or one
-    that moves while there is an anchor.
+    that moves while there is an anchor and is computed apart.
     """
     labels = batch["labels"]
     chosen = labelled(labels)
@@ -107,11 +109,12 @@ def token_logprobs(
 
     base: Tensor | None = None
     if anchor is not None:
-        if any(p.requires_grad for p in head.parameters()):
-            raise InputError("the head moves, and an anchor takes the base to have the same", fix="leave the head out")
         with torch.no_grad(), evaluating(model), anchor.base() or nullcontext():
             base = run()
+        if after is not None and frozen_head.moves(head, base):
+            raise InputError("the head moves, and an anchor takes the base to have the same", fix="leave the head out")
     hidden = run()
+    frozen = after is not None and anchor is None and frozen_head.applies(head, hidden)
 
     def score(part: Tensor, labels: Tensor, of_base: Tensor | None) -> Scores:
         def logits(fed: Tensor) -> Tensor:
@@ -119,15 +122,21 @@ def token_logprobs(
             return fed.float() if after is None else after(head.forward(fed)).float()
 
         said = logits(part)
-        logprobs, entropies, correct = _score(said, labels, entropy)
+        logprobs, entropies, correct = _score(said, labels, entropy, spend=frozen)
         if anchor is None or of_base is None:
             return logprobs, entropies, correct, logprobs.new_empty(0)
         with torch.no_grad():
             target = logits(of_base)
         return logprobs, entropies, correct, anchor.loss(said, target)
 
-    size = len(targets) if after is None else chunk_tokens or max(1, CHUNK_BYTES // (4 * _width(head)))
-    logprobs, entropies, correct, anchored = _chunked(score, hidden, targets, base, size)
+    if frozen:
+        size = chunk_tokens or frozen_head.tokens_at_a_time(hidden, _width(head))
+        logprobs, entropies, correct, anchored = frozen_head.scored(
+            lambda part, labels: score(part, labels, None), hidden, targets, size
+        )
+    else:
+        size = len(targets) if after is None else chunk_tokens or max(1, CHUNK_BYTES // (4 * _width(head)))
+        logprobs, entropies, correct, anchored = _chunked(score, hidden, targets, base, size)
     return TokenLogprobs(
         logprobs, rows, before + 1, entropies if entropy else None, correct, anchored if anchor else None
     )
@@ -166,13 +175,18 @@ def _chunked(score: Callable[..., Scores], hidden: Tensor, targets: Tensor, base
     return logprobs, entropies, correct, anchored
 
 
-def _score(logits: Tensor, targets: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _score(logits: Tensor, targets: Tensor, entropy: bool, spend: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """(tokens, vocabulary) float32 logits -> log-probability of the target, entropy, whether it is the maximum."""
-    logprobs = label_logprobs(logits, targets)
+    logprobs = label_logprobs(logits, targets, spend)
     with torch.no_grad():
         correct = logits.gather(1, targets[:, None])[:, 0] >= logits.amax(-1)
-        entropies = torch.distributions.Categorical(logits=logits).entropy() if entropy else logprobs.new_empty(0)
+        entropies = _entropy(logits) if entropy else logprobs.new_empty(0)
     return logprobs, entropies, correct
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    # Unchecked: what is not a number is told of by the loop, and the check fails for no rows.
+    return torch.distributions.Categorical(logits=logits, validate_args=False).entropy()
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -86,6 +86,7 @@ PROOF = Proof(
         "luthier.tune.lift",
         "luthier.tune.selector.entries",
         "luthier.tune.selector.compact",
+        "luthier.tune.selector.places",
         "luthier.tune.selector.choose",
         "luthier.worlds.facts",
         "luthier.proofs.facts_bench",

@@ -108,6 +108,7 @@ PROOF = Proof(
         "luthier.tune.selector.rewound",
         "luthier.tune.selector.entries",
         "luthier.tune.selector.compact",
+        "luthier.tune.selector.places",
         "luthier.merge.task_arithmetic",
         "luthier.worlds.facts",
         "luthier.proofs.facts_bench",

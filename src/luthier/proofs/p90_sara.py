@@ -157,6 +157,7 @@ PROOF = Proof(
         "luthier.tune.sara",
         "luthier.tune.selector.entries",
         "luthier.tune.selector.compact",
+        "luthier.tune.selector.places",
         "luthier.tune.selector.choose",
         "luthier.worlds.facts",
         "luthier.worlds.diffusion",

@@ -31,7 +31,7 @@ from torch import Tensor
 from luthier.data.batches import Step, at_least, plan_epoch
 from luthier.data.views import Examples, PairedExamples, View, view
 from luthier.errors import CrashError, GateError, InputError
-from luthier.models.allocator import STEP_BLOCK, give_back_freed_memory, keep_freed_memory
+from luthier.models.allocator import STEP_BLOCK, Ceiling, give_back_freed_memory, keep_freed_memory
 from luthier.models.shards import gathered, let_go, whole
 from luthier.objectives.anchor import BaseAnchor
 from luthier.objectives.base import Loss, Objective
@@ -111,7 +111,9 @@ class Loop:
             kwargs_handlers=wrapper_options(tuned),
         )
         refuse_launch(self.accelerator, tuned)
-        if self.accelerator.device.type == "cpu":
+        kind = self.accelerator.device.type
+        self._told = Ceiling(kind).passes if settings.give_back_freed_memory else None
+        if kind == "cpu":
             keep_freed_memory(STEP_BLOCK)
             give_back_freed_memory()  # what attaching took
         if trackers:
@@ -232,7 +234,7 @@ class Loop:
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-                again = pointwise_made_again(self.settings.recompute_pointwise)
+                again = pointwise_made_again(self.settings.recompute_pointwise, self._told)
                 with self.companion.watching(batch), self.accelerator.autocast(), again:
                     loss = self._loss(batch, self.anchor)
                 # Gradients are averaged over devices, so each device's sum counts that many times.

@@ -20,7 +20,7 @@ gradient checkpointing, tensors laid out in another order than C.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,19 +43,23 @@ class _Again:
 
 
 @contextmanager
-def pointwise_made_again(wanted: bool = True) -> Iterator[None]:
+def pointwise_made_again(wanted: bool = True, told: Callable[[int], None] | None = None) -> Iterator[None]:
     """While open, operations that run keep less for their backward passes. The passes may run when it is closed.
 
     Args:
-        wanted: false leaves all as it is.
+        wanted: false keeps all as ever.
+        told: is called with the bytes of each tensor that an operation saves, and again when it asks for it. Here,
+            since of several hooks on saved tensors torch runs the innermost alone.
     """
-    if not wanted:
+    if not wanted and told is None:
         yield
         return
     last: list[Any] = [None, None]  # several operations read the same result one after the other
 
     def pack(tensor: Tensor) -> Tensor | _Again:
-        node: Any = tensor.grad_fn
+        if told:
+            told(tensor.nbytes)
+        node: Any = tensor.grad_fn if wanted else None
         if node is None or not tensor.is_contiguous():
             return tensor
         while node.name() in _VIEWS:
@@ -66,11 +70,15 @@ def pointwise_made_again(wanted: bool = True) -> Iterator[None]:
 
     def unpack(kept: Tensor | _Again) -> Tensor:
         if isinstance(kept, Tensor):
+            if told:
+                told(kept.nbytes)
             return kept
         if last[0] is not kept.node:
             last[:] = None, None
             with torch.no_grad():
                 last[:] = kept.node, _made(kept.node)
+        if told:
+            told(last[1].nbytes)
         return last[1].view(kept.shape)
 
     with saved_tensors_hooks(pack, unpack):

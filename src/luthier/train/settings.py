@@ -62,6 +62,8 @@ class TrainSettings(BaseModel):
         mixed_precision: arithmetic of the forward pass; weights stay in their own type.
         recompute_pointwise: make activations, gated products and norms again in the backward pass instead of keeping
             them (`luthier.train.pointwise`): less memory, a few percent more time, the same bits.
+        give_back_freed_memory: give what is freed back to the system as a pass goes on (`luthier.models.allocator`), on
+            a CPU with glibc: a tenth less memory, 15% more time on a model of 135M parameters, the same bits.
         copilot: train a Copilot beside the model; the model itself is trained as without, to the last bit.
     """
 
@@ -86,6 +88,7 @@ class TrainSettings(BaseModel):
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_checkpointing: bool = False
     recompute_pointwise: bool = False
+    give_back_freed_memory: bool = False
     logging_steps: int = Field(default=1, ge=1)
     eval_steps: int | None = Field(default=None, ge=1)
     save_strategy: Literal["steps", "epoch"] = "steps"

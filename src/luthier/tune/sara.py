@@ -204,7 +204,7 @@ class SaraTuned(EntriesTuned):
             for name, one in self.chosen.items()
             if one.weight.ndim in dims
             and min(len(one.weight), one.weight[0].numel()) > self.settings.rank_min_dim
-            and len(one.places) > LEAST_ENTRIES
+            and len(one.held) > LEAST_ENTRIES
         ]
 
     @torch.no_grad()
@@ -213,8 +213,8 @@ class SaraTuned(EntriesTuned):
         one = self.chosen[name]
         values = one.values.detach()
         if self.settings.rank_of == "delta":
-            places, base = self.touched[name]
-            values = values - base[torch.isin(places, one.places.cpu(), assume_unique=True)].to(values)
+            held, base = self.touched[name]
+            values = values - base[torch.isin(held.tensor(), one.places.cpu(), assume_unique=True)].to(values)
         whole = torch.zeros(one.weight.numel(), dtype=values.dtype, device=values.device)
         return whole.index_copy_(0, one.places.long(), values).view(len(one.weight), -1)
 
@@ -223,7 +223,7 @@ class SaraTuned(EntriesTuned):
         held: dict[str, list[int]] = {}
         for name, one in self.chosen.items():
             count = held.setdefault(name.rpartition(".")[0], [0, 0])
-            count[0] += len(one.places)
+            count[0] += len(one.held)
             count[1] += one.weight.numel()
         return {path: moving / entries for path, (moving, entries) in held.items()}
 
@@ -247,7 +247,7 @@ class SaraTuned(EntriesTuned):
 
     def _report(self) -> None:
         """Log what the threshold means for this model."""
-        moving = sum(len(one.places) for one in self.chosen.values())
+        moving = sum(len(one.held) for one in self.chosen.values())
         entries = sum(one.weight.numel() for one in self.chosen.values())
         _log.info("sara: %.1f%% of %d entries are below %g", 100 * moving / entries, entries, self.threshold)
         for path, share in self.shares().items():

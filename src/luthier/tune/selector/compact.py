@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from luthier.tune.selector.places import Places
 from luthier.tune.selector.stand_in import StandIn, release
 
 __all__ = ["Chosen", "Workspace", "release"]
@@ -54,7 +55,7 @@ class Chosen(StandIn):
     Attributes:
         weight: the frozen parameter, as in the model; tied weights are one.
         values: (n,) parameter, float32 (float64 for a float64 weight).
-        places: (n,) ascending flat places in C order, int32 where the weight is small enough, else int64.
+        held: the chosen places, as long as `values`.
         workspace: where the dense gradient of a linear is made; shared by those that are stepped together.
     """
 
@@ -63,14 +64,17 @@ class Chosen(StandIn):
     def __init__(self, name: str, model: nn.Module, places: Tensor, workspace: Workspace | None = None):
         super().__init__(name, model)
         self.workspace = workspace or Workspace()
-        self.places: Tensor
-        self._set_places(places)
+        self.held = self._hold(places)
         self.values = nn.Parameter(self._read())
         self.register(model, self.values)
 
+    @property
+    def places(self) -> Tensor:
+        """(n,) ascending flat places in C order, int32 where the weight is small enough, else int64; made anew."""
+        return self.held.tensor()
+
     def write(self, anyway: bool = False) -> None:
-        if self.places.device != self.weight.device:  # the model was moved
-            self.places = self.places.to(self.weight.device)
+        self.held = self.held.to(self.weight.device)  # the model may have been moved
         if self.stepped() or anyway:
             with torch.no_grad():
                 self.weight.view(-1).index_copy_(0, self.places.long(), self.values.to(self.weight.dtype))
@@ -84,10 +88,11 @@ class Chosen(StandIn):
         """
         self.write()
         old, before = self.places, self.values.detach()
-        self._set_places(places)
+        self.held = self._hold(places)
+        new = self.places
         if len(old):
-            came = torch.searchsorted(old, self.places).clamp_(max=len(old) - 1)
-            stays = old[came] == self.places
+            came = torch.searchsorted(old, new).clamp_(max=len(old) - 1)
+            stays = old[came] == new
         else:
             came = torch.zeros(len(places), dtype=torch.int64, device=self.weight.device)
             stays = torch.zeros_like(came, dtype=torch.bool)
@@ -99,15 +104,15 @@ class Chosen(StandIn):
         return stays, came
 
     def led(self) -> Tensor:
-        return _Cut.apply(self.values, self.weight, self.places)
+        return _Cut.apply(self.values, self.weight, self.held)
 
     def linear(self, fed: Tensor, bias: Tensor | None) -> Tensor | None:
         if torch.is_autocast_enabled(fed.device.type) or fed.dtype != self.weight.dtype:
             return None
-        return _Linear.apply(fed, self.values, self.weight, bias, self.places, self.workspace)
+        return _Linear.apply(fed, self.values, self.weight, bias, self.held, self.workspace)
 
-    def _set_places(self, places: Tensor) -> None:
-        self.places = places.to(self.weight.device, self.place_type())
+    def _hold(self, places: Tensor) -> Places:
+        return Places(places.to(self.weight.device, self.place_type()))
 
     def _read(self) -> Tensor:
         taken = self.weight.detach().view(-1).index_select(0, self.places)
@@ -116,13 +121,13 @@ class Chosen(StandIn):
 
 class _Cut(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, weight: Tensor, places: Tensor) -> Tensor:
-        ctx.places, ctx.dtype = places, values.dtype
+    def forward(ctx: Any, values: Tensor, weight: Tensor, held: Places) -> Tensor:
+        ctx.held, ctx.dtype = held, values.dtype
         return weight.detach()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        places = ctx.places
+        places = ctx.held.tensor()
         if gradient.ndim == 2 and not gradient.is_contiguous() and gradient.T.is_contiguous():
             rows, columns = gradient.shape  # as addmm makes it: read it in its own order instead of copying it
             taken = gradient.T.reshape(-1).index_select(0, places % columns * rows + places // columns)
@@ -141,11 +146,11 @@ class _Linear(torch.autograd.Function):
         values: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        places: Tensor,
+        held: Places,
         workspace: Workspace,
     ) -> Tensor:
         ctx.save_for_backward(fed, weight)
-        ctx.places, ctx.workspace, ctx.dtype = places, workspace, values.dtype
+        ctx.held, ctx.workspace, ctx.dtype = held, workspace, values.dtype
         return F.linear(fed, weight, bias)
 
     @staticmethod
@@ -159,7 +164,7 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dense = ctx.workspace.take(*weight.shape, like=gradient)
             torch.mm(flat.t(), fed.reshape(-1, fed.shape[-1]), out=dense)
-            to_values = dense.view(-1).index_select(0, ctx.places).to(ctx.dtype)
+            to_values = dense.view(-1).index_select(0, ctx.held.tensor()).to(ctx.dtype)
         if ctx.needs_input_grad[3]:
             to_bias = flat.sum(0)
         return to_fed, to_values, None, to_bias, None, None

@@ -29,6 +29,7 @@ from luthier.models.topology import Topology
 from luthier.tune.base import Probe, Tuned, Tuning
 from luthier.tune.selector.choose import Top
 from luthier.tune.selector.compact import Chosen, Workspace
+from luthier.tune.selector.places import Places
 from luthier.tune.selector.slots import Shape, Slots, View
 from luthier.tune.selector.stand_in import release
 from luthier.tune.whole import WholeModel, forget, refuse_quantised, refuse_wrapped
@@ -121,7 +122,7 @@ class EntriesTuned(WholeModel):
         self.chosen = {name: Chosen(name, model, found[name], workspace) for name in names}
         # Of each weight the places that were ever chosen, and what the base has there (on the CPU).
         self.touched = {
-            name: (one.places.cpu(), one.values.detach().to("cpu", copy=True)) for name, one in self.chosen.items()
+            name: (one.held.to("cpu"), one.values.detach().to("cpu", copy=True)) for name, one in self.chosen.items()
         }
         super().__init__(settings, model, model)
 
@@ -154,7 +155,7 @@ class EntriesTuned(WholeModel):
 
     def reach(self, steps: int, steps_per_epoch: int) -> tuple[int, int]:
         """As many entries again with each choice, since a later one may be of other places."""
-        entries = sum(len(one.places) for one in self.chosen.values())
+        entries = sum(len(one.held) for one in self.chosen.values())
         size = sum(one.weight.numel() for one in self.chosen.values())
         if not self.slots.choose.narrows:
             choices = 1 + self.slots.schedule.period(max(0, steps - 1), steps_per_epoch, steps)
@@ -182,7 +183,7 @@ class EntriesTuned(WholeModel):
     def ever(self) -> Selection:
         """What was chosen at any time."""
         return Selection.from_indices(
-            {name: places.long() for name, (places, _) in self.touched.items()}, self._shapes()
+            {name: held.tensor().long() for name, (held, _) in self.touched.items()}, self._shapes()
         )
 
     # Hooks
@@ -205,7 +206,7 @@ class EntriesTuned(WholeModel):
         """Choose anew, and treat the optimiser's memory as the slot says."""
         found = self.select()
         for name, one in self.chosen.items():
-            places = found[name].to(one.weight.device, one.places.dtype)
+            places = found[name].to(one.weight.device, one.held.dtype)
             if self.slots.choose.narrows:
                 places = places[torch.isin(places, one.places, assume_unique=True)]
             self._touch(name, places)
@@ -240,8 +241,9 @@ class EntriesTuned(WholeModel):
         self.write()
         now = {}
         with torch.no_grad():
-            for name, (places, base) in self.touched.items():
-                flat, at = self.chosen[name].weight.view(-1), places.long().to(self.chosen[name].weight.device)
+            for name, (held, base) in self.touched.items():
+                flat = self.chosen[name].weight.view(-1)
+                at = held.to(flat.device).tensor().long()
                 now[name] = flat[at]
                 flat[at] = base.to(flat)
             self._swap_whole()
@@ -249,9 +251,9 @@ class EntriesTuned(WholeModel):
             yield
         finally:
             with torch.no_grad():
-                for name, (places, _) in self.touched.items():
+                for name, (held, _) in self.touched.items():
                     flat = self.chosen[name].weight.view(-1)
-                    flat[places.long().to(flat.device)] = now[name]
+                    flat[held.to(flat.device).tensor().long()] = now[name]
                 self._swap_whole()
 
     # What is kept
@@ -260,7 +262,7 @@ class EntriesTuned(WholeModel):
         self.write()
         state: dict[str, Tensor] = {}
         for name, one in self.chosen.items():
-            places, _ = self.touched[name]
+            places = self.touched[name][0].tensor()
             state[f"{name}.places"] = one.places
             state[f"{name}.values"] = one.values.detach()
             state[f"{name}.touched"] = places
@@ -276,8 +278,8 @@ class EntriesTuned(WholeModel):
             one.choose(state[f"{name}.places"])
             flat = one.weight.view(-1)
             with torch.no_grad():
-                places, base = self.touched[name]
-                flat[places.long().to(flat.device)] = base.to(flat)
+                held, base = self.touched[name]
+                flat[held.to(flat.device).tensor().long()] = base.to(flat)
                 self._touch(name, state[f"{name}.touched"])
                 flat[state[f"{name}.touched"].long().to(flat.device)] = like(state[f"{name}.weights"], flat)
             one.set(like(state[f"{name}.values"], one.values))
@@ -311,13 +313,14 @@ class EntriesTuned(WholeModel):
 
     def _touch(self, name: str, places: Tensor) -> None:
         """Remember what the base has at places that are chosen for the first time: nothing has moved there yet."""
-        known, base = self.touched[name]
+        held, base = self.touched[name]
+        known = held.tensor()
         new = places.cpu()[~torch.isin(places.cpu(), known, assume_unique=True)].to(known.dtype)
         if len(new):
             flat = self.chosen[name].weight.detach().view(-1)
             there = flat[new.long().to(flat.device)].to("cpu", base.dtype)
             every, order = torch.cat([known, new]).sort()
-            self.touched[name] = every, torch.cat([base, there])[order]
+            self.touched[name] = Places(every), torch.cat([base, there])[order]
 
 
 def average(parameters: Iterable[nn.Parameter]) -> None:

@@ -226,9 +226,10 @@ class RewoundTuned(EntriesTuned):
     def save(self, directory: Path) -> str:
         self._settle()
         moved = {}
-        for name, (places, base) in self.touched.items():
-            now = self.chosen[name].weight.detach().view(-1)[places.long().to(self.chosen[name].weight.device)]
-            moved[name] = places.long()[now.cpu().to(base.dtype) != base]
+        for name, (held, base) in self.touched.items():
+            places, flat = held.tensor().long(), self.chosen[name].weight.detach().view(-1)
+            now = flat[places.to(flat.device)]
+            moved[name] = places[now.cpu().to(base.dtype) != base]
         Selection.from_indices(moved, self._shapes()).save(directory / "selection.safetensors")
         self.model.save_pretrained(directory)  # type: ignore[operator]
         return "model"
@@ -263,8 +264,8 @@ class RewoundTuned(EntriesTuned):
         self.start = {}
         for name, one in self.chosen.items():
             kept = one.weight.detach().to("cpu", copy=True)
-            places, base = self.touched[name]
-            kept.view(-1)[places.long()] = base.to(kept)
+            held, base = self.touched[name]
+            kept.view(-1)[held.tensor().long()] = base.to(kept)
             self.start[name] = kept
         self.whole_start = {name: p.detach().to("cpu", copy=True) for name, p in self.whole.items()}
 
