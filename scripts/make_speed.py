@@ -44,9 +44,9 @@ TUNINGS = """\
 SmolLM2-135M's shape with random float32 weights, AdamW, one row a step of which the last quarter is labelled, each
 training a process of its own, in turns with full tuning (`python benchmarks/tuning_memory.py`). Peak memory is all that
 the process ever held, imports and model included. `lift` steps 5% of each matrix, `lisa` draws 2 of 30 blocks, `sara`
-steps the smallest 10% of all entries, `greentrainer` has half of the operations. All have `recompute_pointwise: true`
-and `give_back_freed_memory: true`, full tuning too. `bare` is full tuning by a loop of a dozen lines of torch: the
-model's own loss, AdamW as it comes, clipped gradients.
+steps the smallest 10% of all entries, `greentrainer` has half of the operations. All have `recompute_pointwise: true`,
+full tuning too; those that end in `+` have `give_back_freed_memory: true` beside it, and are compared with `full+`.
+`bare` is full tuning by a loop of a dozen lines of torch: the model's own loss, AdamW as it comes, clipped gradients.
 """
 
 HALF = """\

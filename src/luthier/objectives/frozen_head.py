@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-# Tokens at a time on a CPU, enough that reading the head's weights does not dominate; bytes of logits on others.
-_CPU_TOKENS, _DEVICE_BYTES = 48, 2**27
+# Bytes of float32 logits at a time; on a CPU at least so many tokens that reading the head's weights does not dominate.
+_CPU_BYTES, _DEVICE_BYTES = 2**23, 2**27
+_CPU_TOKENS = 48
 
 # Hidden states and labels of tokens -> (log-probabilities, and more (tokens,) tensors without gradient).
 Score = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
@@ -44,7 +45,7 @@ def applies(head: nn.Module, hidden: Tensor) -> bool:
 def tokens_at_a_time(hidden: Tensor, vocabulary: int) -> int:
     """Tokens whose logits are made together."""
     if hidden.device.type == "cpu":
-        return _CPU_TOKENS
+        return max(_CPU_TOKENS, _CPU_BYTES // (4 * vocabulary))
     return max(1, _DEVICE_BYTES // (4 * vocabulary))
 
 
