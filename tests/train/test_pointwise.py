@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +30,8 @@ from transformers import (
 )
 
 from luthier.methods import build
+from luthier.models import allocator
+from luthier.models.allocator import Ceiling
 from luthier.models.topology import Topology
 from luthier.objectives import Sft
 from luthier.train import Loop, TrainSettings
@@ -226,4 +230,33 @@ def test_the_setting_of_the_loop(tuning: dict[str, Any]) -> None:
         gone[again] = set(found)
         weights.append({name: value.clone() for name, value in model.state_dict().items()})
     assert gone == {False: {False}, True: {True}}
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="refused elsewhere")
+def test_memory_given_back_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop tells of what passes through its steps, and the weights are the same bits."""
+    monkeypatch.setattr(Ceiling, "_LOOK", 1)
+    growing = itertools.count(2**30, 2**30)
+    monkeypatch.setattr(allocator, "resident", lambda: next(growing))  # above the ceiling at every look
+    told: list[int] = []
+    once = Ceiling.passes
+
+    def passes(self: Ceiling, size: int) -> None:
+        once(self, size)
+        told.append(self.given_back)
+
+    monkeypatch.setattr(Ceiling, "passes", passes)
+    weights = []
+    for back in (False, True):
+        torch.manual_seed(0)
+        model: Any = MODELS["llama"]()
+        settings = TrainSettings(effective_batch_size=4, learning_rate=1e-2, give_back_freed_memory=back)
+        rows: Any = Rows()
+        tuning: Any = build("tune", {"method": "lift", "density": 0.2})
+        tuned = tuning.attach(model, probe_of(Topology.of(model), Sft(), settings, rows))
+        assert not told
+        Loop(tuned, Sft(), settings, rows, device="cpu").run()
+        weights.append({name: value.clone() for name, value in model.state_dict().items()})
+    assert told and told[-1] > 10
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
